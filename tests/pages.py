@@ -1,0 +1,324 @@
+"""The pages' tool: build, check and export the notebooks. `make test` runs its checks, `make page` its builder.
+
+    python tests/pages.py text 02_weights     # write nbs/02_weights.py (percent format) to edit outside Jupyter
+    python tests/pages.py build 02_weights    # text (if any) -> notebook -> executed, outputs stored, cleaned, exported
+    python tests/pages.py clean --check       # are all notebooks clean, in nbdev's sense?
+    python tests/pages.py export --check      # does deleting the generated modules and exporting again change nothing?
+    python tests/pages.py readme --check      # is README.md what nbs/index.ipynb gives?
+    python tests/pages.py run [names]         # nbdev's test of each page, one process a page, stored outputs compared
+
+A cell whose output may differ between machines or runs (a time, a memory size) starts with the directive `#| volatile`:
+it is executed and its output is stored, but not compared. Text on stderr and pictures are never compared.
+"""
+import argparse
+import copy
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, LIB = ROOT / "nbs", ROOT / "minirl_nb"
+PAGE_TIMEOUT = 600  # seconds; a page takes about a minute, on a loaded machine more
+
+
+def notebooks(names=()):
+    found = {p.stem: p for p in sorted(NBS.glob("*.ipynb"))}
+    wanted = [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in names] or list(found)
+    for name in wanted:
+        if name not in found:
+            sys.exit(f"no page nbs/{name}.ipynb; the pages are: {', '.join(found)}")
+    return [found[n] for n in wanted]
+
+
+# ---------------------------------------------------------------------------------------------- clean
+def cleaned(text):
+    """The notebook `text` as nbdev_clean writes it."""
+    from execnb.nbio import dict2nb, nb2str
+    from nbdev.clean import clean_nb
+
+    nb = dict2nb(json.loads(text))
+    clean_nb(nb)
+    for cell in nb["cells"]:
+        for output in cell.get("outputs", []):
+            output.get("metadata", {}).clear()
+    return nb2str(nb)
+
+
+def clean(names, check):
+    dirty = []
+    for path in notebooks(names):
+        before = path.read_text(encoding="utf-8")
+        after = cleaned(before)
+        if before != after:
+            dirty.append(path.name)
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    if check and dirty:
+        sys.exit(f"not clean: {', '.join(dirty)}; run `python tests/pages.py clean`")
+    print(f"clean: {len(notebooks(names))} notebooks, {len(dirty)} rewritten" if not check else "clean: all notebooks")
+
+
+# ---------------------------------------------------------------------------------------------- export
+@contextmanager
+def _locked():
+    """One export at a time: they share `_modidx.py`."""
+    with open(ROOT / ".git" / "pages.lock" if (ROOT / ".git").is_dir() else ROOT / ".pages.lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _generated():
+    return {p.name: p.read_bytes() for p in sorted(LIB.glob("*.py"))}
+
+
+def export(names=(), check=False):
+    """Export pages to modules; with `check`, delete every generated module first and require the same bytes back."""
+    os.chdir(ROOT)
+    from nbdev.config import add_init
+    from nbdev.doclinks import _build_modidx
+    from nbdev.export import nb_export
+
+    with _locked():
+        before = _generated()
+        if check:
+            for name in before:
+                (LIB / name).unlink()
+        add_init()
+        for path in notebooks(names):
+            nb_export(path)
+        if not names:
+            # nbdev never deletes a module whose page is gone
+            kept = {"__init__.py", "_modidx.py"} | {f"{m}.py" for p in notebooks() if (m := default_exp(p))}
+            for name in set(_generated()) - kept:
+                (LIB / name).unlink()
+        (LIB / "_modidx.py").unlink(missing_ok=True)
+        _build_modidx()
+        after = _generated()
+    if check and before != after:
+        changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+        sys.exit(f"the package is not what the notebooks export: {', '.join(changed)}; run `python tests/pages.py export`")
+    print(f"export: {len(after)} modules" + (", unchanged" if check else ""))
+
+
+def default_exp(path):
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if m := re.search(r"^#\|\s*default_exp\s+(\S+)", "".join(cell["source"]), re.M):
+            return m.group(1)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- readme
+def readme(check):
+    """README.md from nbs/index.ipynb: nbdev's documentation processors, then nbconvert; no Quarto."""
+    os.chdir(ROOT)
+    from nbdev.serve import proc_nbs
+
+    shutil.rmtree(ROOT / "_proc", ignore_errors=True)
+    proc_nbs(n_workers=0, file_glob="index.ipynb")
+    out = ROOT / "_proc"
+    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR",
+                    "--output-dir", str(out), "--output", "README", str(out / "index.ipynb")], check=True)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^---\n.*?\n---\n", "", text, count=1, flags=re.S)
+    text = "<!-- Made from nbs/index.ipynb by `python tests/pages.py readme`; edit that page. -->\n\n" + text.strip() + "\n"
+    shutil.rmtree(out, ignore_errors=True)
+    target = ROOT / "README.md"
+    same = target.exists() and target.read_text(encoding="utf-8") == text
+    if check and not same:
+        sys.exit("README.md is not what nbs/index.ipynb gives; run `python tests/pages.py readme`")
+    if not check:
+        target.write_text(text, encoding="utf-8")
+    print("readme: " + ("as nbs/index.ipynb gives it" if same else "rewritten"))
+
+
+# ---------------------------------------------------------------------------------------------- run
+def _execute_here(path, result):
+    """Run one page in this process by nbdev's own test and write the notebook with its new outputs to `result`."""
+    os.chdir(ROOT)
+    import nbdev.test
+    from execnb.nbio import nb2str
+    from nbdev.config import get_config
+
+    kept = []
+
+    class KeepingShell(nbdev.test.CaptureShell):
+        def run_all(self, nb, **kwargs):
+            kept.append(nb)
+            return super().run_all(nb, **kwargs)
+
+    nbdev.test.CaptureShell = KeepingShell
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    ok, seconds = nbdev.test.test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    ran = json.loads(nb2str(kept[0]))["cells"] if kept else []
+    fresh = {c["id"]: c.get("outputs", []) for c in ran if c["cell_type"] == "code"}
+    skip = tuple(get_config().tst_flags.split())
+    for cell in raw["cells"]:
+        if cell["cell_type"] == "code" and not _directives(cell) & set(skip):
+            cell["outputs"] = fresh.get(cell["id"], [])
+    result.write_text(cleaned(json.dumps(raw)), encoding="utf-8")
+    result.with_suffix(".seconds").write_text(f"{seconds:.1f}")
+    sys.exit(0 if ok else 1)
+
+
+def _directives(cell):
+    return set(re.findall(r"^#\|\s*([\w-]+)", "".join(cell["source"]), re.M))
+
+
+def _printed(cell):
+    """What a reader sees of a code cell as text: stdout and text results, without addresses."""
+    parts = []
+    for o in cell.get("outputs", []):
+        if o["output_type"] == "stream" and o.get("name") == "stdout":
+            parts.append("".join(o["text"]))
+        elif o["output_type"] in ("execute_result", "display_data"):
+            data = o.get("data", {})
+            if not any(k.startswith("image/") for k in data):
+                parts.append("".join(data.get("text/markdown", data.get("text/plain", ""))))
+    return re.sub(r"0x[0-9a-f]{6,}", "0x", "\n".join(p.rstrip() for p in parts))
+
+
+def compare(stored, fresh):
+    """Messages for the cells of `fresh` whose text is not the one that `stored` holds."""
+    messages = []
+    for i, (a, b) in enumerate(zip(stored["cells"], fresh["cells"], strict=True)):
+        if a["cell_type"] != "code" or "volatile" in _directives(a):
+            continue
+        before, after = _printed(a), _printed(b)
+        if before != after:
+            messages.append(f"cell {i} ({a['id']}):\n  stored:  {before[:1500]!r}\n  printed: {after[:1500]!r}")
+    return messages
+
+
+def run(names, jobs, write=False):
+    """Run pages, each in a process of its own with one thread, `jobs` at a time."""
+    work = ROOT / "_proc" / f"pages-{os.getpid()}"
+    work.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                        "PYTHONHASHSEED": "0", "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore::DeprecationWarning"}
+    # the slowest pages first, so that two at a time end together; outputs' sizes stand in for a page's duration
+    queue = sorted(notebooks(names), key=lambda p: -len(p.read_bytes()))
+    running, failed, started = {}, [], time.time()
+    while queue or running:
+        while queue and len(running) < jobs:
+            path = queue.pop(0)
+            result = work / path.name
+            log = open(result.with_suffix(".out"), "w")
+            p = subprocess.Popen([sys.executable, __file__, "_execute", str(path), str(result)], env=env, stdout=log, stderr=log)
+            running[p] = (path, result, time.time())
+        time.sleep(0.05)
+        for p in list(running):
+            path, result, t0 = running[p]
+            late = time.time() - t0 > PAGE_TIMEOUT
+            if late:
+                p.kill()
+            if p.poll() is None:
+                continue
+            del running[p]
+            seconds = time.time() - t0
+            problems = []
+            if late:
+                problems.append(f"still running after {PAGE_TIMEOUT} s")
+            if p.returncode:
+                problems.append(result.with_suffix(".out").read_text()[-6000:])
+            elif write:
+                path.write_text(result.read_text(encoding="utf-8"), encoding="utf-8")
+            else:
+                problems += compare(json.loads(path.read_text()), json.loads(result.read_text()))
+            print(f"  {'ok  ' if not problems else 'FAIL'} {path.name}  {seconds:.0f} s", flush=True)
+            for m in problems:
+                print("    " + m.replace("\n", "\n    "), flush=True)
+            if problems:
+                failed.append(path.name)
+    shutil.rmtree(work, ignore_errors=True)
+    if failed:
+        sys.exit(f"pages failed: {', '.join(failed)}")
+    print(f"run: {len(notebooks(names))} pages in {time.time() - started:.0f} s")
+
+
+# ---------------------------------------------------------------------------------------------- text <-> notebook
+def to_text(name):
+    import jupytext
+
+    path = NBS / f"{name}.ipynb"
+    nb = jupytext.read(path)
+    target = NBS / f"{name}.py"
+    jupytext.write(nb, target, fmt="py:percent")
+    print(f"wrote {target.relative_to(ROOT)}; edit it, then `python tests/pages.py build {name}`")
+
+
+def from_text(name):
+    """Replace the page's cells by those of its text form; a cell that did not change keeps its id and outputs."""
+    import jupytext
+
+    source, target = NBS / f"{name}.py", NBS / f"{name}.ipynb"
+    new = jupytext.read(source)
+    old = {}
+    if target.exists():
+        for c in json.loads(target.read_text(encoding="utf-8"))["cells"]:
+            old.setdefault("".join(c["source"]), []).append(c)
+    cells, seen = [], set()
+    for c in new.cells:
+        text = c["source"]
+        cell = copy.deepcopy(old[text].pop(0)) if old.get(text) else {"cell_type": c["cell_type"], "metadata": {}, "source": text}
+        if c["cell_type"] == "code":
+            cell.setdefault("outputs", [])
+            cell.setdefault("execution_count", None)
+        if "id" not in cell:
+            salt = 0
+            while (i := hashlib.sha1(f"{name}{salt}{text}".encode()).hexdigest()[:8]) in seen:
+                salt += 1
+            cell["id"] = i
+        seen.add(cell["id"])
+        cells.append(cell)
+    nb = {"cells": cells, "nbformat": 4, "nbformat_minor": 5,
+          "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}}
+    target.write_text(cleaned(json.dumps(nb)), encoding="utf-8")
+
+
+def build(names, jobs):
+    for name in names:
+        if (NBS / f"{name}.py").exists():
+            from_text(name)
+    export(names)   # first, so that a page can import what it exports
+    run(names, jobs, write=True)
+    for path in notebooks(names):
+        size = path.stat().st_size / 1000
+        cells = json.loads(path.read_text())["cells"]
+        long = [i for i, c in enumerate(cells) if c["cell_type"] == "code" and len("".join(c["source"]).splitlines()) > 40]
+        print(f"{path.name}: {len(cells)} cells, {size:.0f} kB" + (f", long cells {long}" if long else ""))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["clean", "export", "readme", "run", "text", "build", "_execute"])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    if args.command == "clean":
+        clean(args.names, args.check)
+    elif args.command == "export":
+        export(args.names, args.check)
+    elif args.command == "readme":
+        readme(args.check)
+    elif args.command == "run":
+        run(args.names, args.jobs)
+    elif args.command == "text":
+        for name in args.names:
+            to_text(name.removesuffix(".ipynb").removeprefix("nbs/"))
+    elif args.command == "build":
+        build([n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names], args.jobs)
+    else:
+        _execute_here(Path(args.names[0]), Path(args.names[1]))
+
+
+if __name__ == "__main__":
+    main()
