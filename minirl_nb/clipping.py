@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['Clip']
 
-# %% ../nbs/03_clipping.ipynb #7b565bc9
+# %% ../nbs/03_clipping.ipynb #d7af93fa
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .weights import log_ratio, sequence_mean
 
-# %% ../nbs/03_clipping.ipynb #006b266d
+# %% ../nbs/03_clipping.ipynb #627e4b8e
 @dataclass(frozen=True)
 class Clip:
     """The mask M_t of Eq. 7: a token loses its gradient when the update has already moved it far in its advantage's direction.
@@ -38,7 +37,9 @@ class Clip:
                  advantage: Tensor,  # [B]
                  mask: Tensor,  # [B, T]
                 ) -> tuple[Tensor, Tensor, Tensor]:  # M_t, clipped high, clipped low: bool [B, T]; tokens with A = 0 are kept
-        log_r = log_ratio(logp.detach(), logp_old, mask)
+        if advantage.shape != logp.shape[:1]:
+            raise ValueError(f"advantage {tuple(advantage.shape)} must have shape [{logp.shape[0]}], one for each response")
+        log_r = log_ratio(logp.detach(), logp_old.detach(), mask)
         if self.ratio == "sequence": log_r = sequence_mean(log_r, mask)
         r, a, mask = log_r.exp(), advantage[:, None], mask.bool()
         high = (a > 0) & (r > 1 + self.high) & mask
