@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Listing', 'list_responses', 'TablePolicy', 'AttentionPolicy', 'sequence_logp', 'expectation', 'random_reward',
-           'expected_reward', 'gradient', 'hessian_vector', 'token_scores', 'expected_loss', 'sample', 'noisy',
-           'tempered', 'floored', 'rounded', 'angle', 'relative_error']
+           'expected_reward', 'gradient', 'hessian_vector', 'token_scores', 'sample', 'noisy', 'tempered', 'floored',
+           'rounded', 'angle', 'relative_error', 'expected_loss']
 
 # %% ../nbs/00_exact.ipynb #4795568e
 import math
@@ -76,53 +76,59 @@ def list_responses(vocab: int,  # V, the end token included
     return Listing(pad([y for y, _ in done]), torch.arange(T) < length[:, None], pad([r for _, r in done]), pad(prefixes),
                    torch.tensor([len(p) for p in prefixes]), vocab, end)
 
-# %% ../nbs/00_exact.ipynb #e6b0dadb
+# %% ../nbs/00_exact.ipynb #3f7b0626
 class TablePolicy:
     """Logits looked up by the last `order` tokens (None: by the whole prefix, so that no two prefixes share a parameter).
 
-    Any object with `table(params) -> [M, V]` and the flat float64 vector `params` as its only argument can take its place.
+    Parameters are one flat float64 vector [P]. Another policy subclasses this one and brings its own `size` and `table`.
     """
-    def __init__(self, listing: Listing, order: int | None = None):
-        self.listing, self.order = listing, order
+    def __init__(self, listing: Listing, order: int | None = None, prompts: int = 1):
+        self.listing, self.order, self.prompts = listing, order, prompts
         start = lambda k: 0 if order is None else max(0, k - order)
         context = [tuple(p[start(k):k]) for p, k in zip(listing.prefixes.tolist(), listing.prefix_length.tolist())]
         number = {c: i for i, c in enumerate(dict.fromkeys(context))}
         self.context = torch.tensor([number[c] for c in context])  # [M]: which row of logits a prefix uses
-        self.size = len(number) * listing.vocab
+        self.size = prompts * len(number) * listing.vocab
 
     def init(self, seed: int, scale: float = 1.0) -> Tensor:
-        "A random parameter vector, float64 [size]."
+        "A random parameter vector, float64 [P]."
         return scale * torch.randn(self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
-    def table(self, params: Tensor) -> Tensor:
+    def table(self, params: Tensor, prompt: int = 0) -> Tensor:
         "[M, V] log-probabilities of the next token after each prefix."
-        return F.log_softmax(params.view(-1, self.listing.vocab)[self.context], -1)
+        return F.log_softmax(params.view(self.prompts, -1, self.listing.vocab)[prompt, self.context], -1)
 
-    def __call__(self, params: Tensor) -> Tensor:
+    def __call__(self, params: Tensor, prompt: int = 0) -> Tensor:
         "[N, T] token log-probabilities of all responses."
-        return self.listing.gather(self.table(params))
+        return self.listing.gather(self.table(params, prompt))
 
 
 class AttentionPolicy(TablePolicy):
     """One causal attention head over token and position embeddings, a tanh layer, an output layer: all prefixes share all
-    parameters, and log-probabilities are not linear in them, as in a real model."""
-    def __init__(self, listing: Listing, width: int = 4):
-        self.listing, self.width = listing, width
+    parameters, and logits are not linear in them, as in a real model. A prompt is a start symbol."""
+    def __init__(self, listing: Listing, width: int = 4, prompts: int = 1):
+        self.listing, self.width, self.prompts = listing, width, prompts
         V, T, d = listing.vocab, listing.T, width
-        self.shapes = {"embed": (V + 1, d), "place": (T, d), "query": (d, d), "key": (d, d), "value": (d, d),
+        self.shapes = {"embed": (V + prompts, d), "place": (T, d), "query": (d, d), "key": (d, d), "value": (d, d),
                        "hidden": (d, d), "out": (d, V), "bias": (V,)}
         self.size = sum(math.prod(s) for s in self.shapes.values())
 
-    def table(self, params):
-        p = dict(zip(self.shapes, params.split([math.prod(s) for s in self.shapes.values()])))
-        p = {k: x.view(self.shapes[k]) for k, x in p.items()}
-        M, T = self.listing.prefixes.shape
-        # the input of a prefix of length k: a start symbol (embedding V), then its k <= T - 1 tokens
-        inputs = torch.cat([torch.full((M, 1), self.listing.vocab), self.listing.prefixes[:, :T - 1]], 1)
+    def init(self, seed: int, scale: float = 1.0) -> Tensor:
+        "Standard normal, matrices divided by the root of their fan-in: next-token distributions that are neither flat nor certain."
+        parts = super().init(seed, scale).split([math.prod(s) for s in self.shapes.values()])
+        inner = {"query", "key", "value", "hidden", "out"}
+        return torch.cat([x / self.width**0.5 if k in inner else x for k, x in zip(self.shapes, parts)])
+
+    def table(self, params: Tensor, prompt: int = 0) -> Tensor:
+        parts = params.split([math.prod(s) for s in self.shapes.values()])
+        p = {k: x.view(s) for (k, s), x in zip(self.shapes.items(), parts)}
+        ys, (M, T) = self.listing, self.listing.prefixes.shape
+        # the input of a prefix of length k: the prompt's symbol V + prompt, then its k <= T - 1 tokens
+        inputs = torch.cat([torch.full((M, 1), ys.vocab + prompt), ys.prefixes[:, :T - 1]], 1)
         h = p["embed"][inputs] + p["place"]  # [M, T, d]
-        last = h[torch.arange(M), self.listing.prefix_length]  # [M, d]
-        score = (h @ p["key"] @ (last @ p["query"])[:, :, None])[..., 0] / self.width**0.5
-        seen = torch.arange(T) <= self.listing.prefix_length[:, None]
+        last = h[torch.arange(M), ys.prefix_length]  # [M, d]
+        score = (h @ p["key"] @ (last @ p["query"])[:, :, None])[..., 0] / self.width**0.5  # [M, T]
+        seen = torch.arange(T) <= ys.prefix_length[:, None]
         mixed = last + (score.masked_fill(~seen, -torch.inf).softmax(-1)[:, None] @ h @ p["value"])[:, 0]
         return F.log_softmax(torch.tanh(mixed @ p["hidden"]) @ p["out"] + p["bias"], -1)
 
@@ -171,23 +177,6 @@ def token_scores(policy, params: Tensor) -> Tensor:
     "Scores of all tokens, d log p(y_t) / d params, [N, T, P]: the raw material of Eqs. 2 and 4 (memory N T P, small listings only)."
     return torch.autograd.functional.jacobian(policy, params, vectorize=True)
 
-# %% ../nbs/00_exact.ipynb #6a9b1723
-def expected_loss(loss: Callable,  # (logp, logp_old, logp_mu, advantage, response_mask, count) -> scalar, e.g. `objective.MINIRL.loss`
-                  logp: Tensor,  # [N, T] training engine, now; the gradient flows through it
-                  logp_old: Tensor,  # [N, T]
-                  logp_mu: Tensor,  # [N, T] rollout engine
-                  advantage: Tensor,  # [N]
-                  response_mask: Tensor,  # [N, T]
-                  count: float = 1.0,  # 1: mean over responses; the expected length, `expectation(logp_mu, length)`, for a mean over tokens
-                 ) -> Tensor:  # scalar: E_{y ~ mu} of the loss of one response
-    """The exact expectation over y ~ mu of a loss that is a sum over responses, each proportional to |A|.
-
-    All listed responses form one batch in which the advantage of y carries the factor mu(y) > 0; its sign, all that a clip looks
-    at, stays. This is how the very losses that train a large model are evaluated here without a copy of their formulas.
-    """
-    p_mu = sequence_logp(logp_mu).exp().detach()
-    return loss(logp, logp_old, logp_mu, p_mu * advantage, response_mask, count)
-
 # %% ../nbs/00_exact.ipynb #0a18e66b
 def sample(logp: Tensor,  # [N, T] token log-probabilities of the policy that samples
            n: int,
@@ -229,3 +218,20 @@ def angle(g: Tensor, exact: Tensor) -> float:
 def relative_error(g: Tensor, exact: Tensor) -> float:
     "|g - exact| / |exact|; nan or inf when the exact gradient is zero."
     return float((g - exact).norm() / exact.norm())
+
+# %% ../nbs/00_exact.ipynb #6a9b1723
+def expected_loss(loss: Callable,  # (logp, logp_old, logp_mu, advantage, response_mask, count) -> scalar, e.g. `objective.MINIRL.loss`
+                  logp: Tensor,  # [N, T] training engine, now; the gradient flows through it
+                  logp_old: Tensor,  # [N, T]
+                  logp_mu: Tensor,  # [N, T] rollout engine
+                  advantage: Tensor,  # [N]
+                  response_mask: Tensor,  # [N, T]
+                  count: float = 1.0,  # 1: mean over responses; the expected length, `expectation(logp_mu, length)`, for a mean over tokens
+                 ) -> Tensor:  # scalar: E_{y ~ mu} of the loss of one response
+    """The exact expectation over y ~ mu of a loss that is a sum over responses, each proportional to |A|.
+
+    All listed responses form one batch in which the advantage of y carries the factor mu(y) > 0; its sign, all that a clip looks
+    at, stays. This is how the very losses that train a large model are evaluated here without a copy of their formulas.
+    """
+    p_mu = sequence_logp(logp_mu).exp().detach()
+    return loss(logp, logp_old, logp_mu, p_mu * advantage, response_mask, count)
