@@ -175,7 +175,7 @@ def hessian_vector(f: Callable[[Tensor], Tensor], params: Tensor, v: Tensor) -> 
 
 def token_scores(policy, params: Tensor) -> Tensor:
     "Scores of all tokens, d log p(y_t) / d params, [N, T, P]: the raw material of Eqs. 2 and 4 (memory N T P, small listings only)."
-    return torch.autograd.functional.jacobian(policy, params, vectorize=True)
+    return torch.autograd.functional.jacobian(policy, params, strategy="forward-mode", vectorize=True)  # P columns, not N T rows
 
 # %% ../nbs/00_exact.ipynb #0a18e66b
 def sample(logp: Tensor,  # [N, T] token log-probabilities of the policy that samples
