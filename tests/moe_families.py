@@ -49,7 +49,8 @@ FAMILY = {
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention", "full_attention"]),
     "inkling": dict(mlp_layer_types=["dense", "sparse", "sparse"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0),
-    "kimi_linear": dict(layer_types=["linear_attention", "full_attention", "full_attention"], mlp_layer_types=["dense", "sparse", "sparse"]),
+    "kimi_linear": dict(layer_types=["linear_attention", "full_attention", "full_attention"],
+                        mlp_layer_types=["dense", "sparse", "sparse"]),
     "lfm2_moe": dict(num_dense_layers=1, layer_types=["conv", "full_attention", "full_attention"]),
     "llama4": dict(num_experts_per_tok=2, interleave_moe_layer_step=1, intermediate_size_mlp=32),
     "longcat_flash": dict(num_layers=2),
@@ -75,7 +76,8 @@ def discover():
             module = importlib.import_module(cls.__module__)
             family = cls.__module__.split(".")[-2]
             own = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, nn.Module) and c.__module__ == module.__name__]
-            routed = any((getattr(c, "_can_record_outputs", None) or {}).get("router_logits") or c.__name__.endswith("Experts") for c in own)
+            routed = any((getattr(c, "_can_record_outputs", None) or {}).get("router_logits") or c.__name__.endswith("Experts")
+                         for c in own)
             if routed and name.endswith("ForCausalLM"): found.setdefault(family, cls)
     return dict(sorted(found.items()))
 
