@@ -307,7 +307,7 @@ def targets(model: nn.Module, skip: str = "") -> tuple[dict[str, nn.Module], dic
     if not linears and not experts: raise ValueError(f"{type(model).__name__} has no linear layer and no fused experts to round")
     return linears, experts
 
-# %% ../nbs/08_fp8.ipynb #1be55311
+# %% ../nbs/08_fp8.ipynb #aeef94d7
 @dataclass
 class _Emulation:
     scheme: Scheme
@@ -316,6 +316,9 @@ class _Emulation:
 
     def round_(self):
         for unit in self.units: unit.round_(self.scheme.weight)
+
+
+_CARRIERS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def emulate(model: nn.Module, spec: str | Scheme | None, skip: str = "") -> nn.Module:
@@ -328,6 +331,8 @@ def emulate(model: nn.Module, spec: str | Scheme | None, skip: str = "") -> nn.M
     if s is None: return model
     if emulation(model) is not None: raise ValueError(f"{type(model).__name__} is emulated already: {emulation(model)}")
     linears, experts = targets(model, skip)
+    for name, p in model.named_parameters():
+        if p.dtype not in _CARRIERS: raise ValueError(f"{name} is {p.dtype}; the carrier of an emulation is float32, bfloat16 or float16")
     units, done, shared = [], set(), {}
     for name, m in linears.items():
         parent, _, last = name.rpartition(".")

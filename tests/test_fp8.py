@@ -329,6 +329,7 @@ def test_what_cannot_be_emulated_is_refused_by_name():
         fp8.emulate(build("gpt2", n_embd=32, n_layer=1, n_head=2), "fp8_per_channel")
     with pytest.raises(NotImplementedError, match=r"layers.0.mlp.input_linear \(JetMoeParallelExperts\)"):
         fp8.emulate(build("jetmoe", kv_channels=8), "fp8_per_channel")
+    with pytest.raises(ValueError, match="embed_tokens.weight is torch.float64"): fp8.emulate(build().double(), "fp8_per_channel")
     sharded = build()
     sharded.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(NotImplementedError, match="layers.0.mlp.experts is sharded"): fp8.emulate(sharded, "fp8_per_channel")
