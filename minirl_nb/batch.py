@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# %% ../nbs/05_batch.ipynb #ad512391
+# %% ../nbs/05_batch.ipynb #4802b377
 @dataclass
 class Rollout:
     """Responses of one rollout step, right-padded, with all that later places need to know about each token.
@@ -55,6 +55,11 @@ class Rollout:
         "bool [B, T]: true on sampled tokens, the end token included."
         t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (t >= self.prompt_length[:, None]) & (t < self.length[:, None])
+
+    @property
+    def token_mask(self) -> Tensor:
+        "bool [B, T]: true on prompt and response, false on padding."
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.length[:, None]
 
     @property
     def response_length(self) -> Tensor:
