@@ -6,9 +6,11 @@
 __all__ = ['ADAPTERS', 'Replay', 'Router', 'Adapter', 'routers', 'routes_dtype', 'record', 'replay', 'Flips', 'compare',
            'resolve']
 
-# %% ../nbs/07_routing.ipynb #3e542dbf
+# %% ../nbs/07_routing.ipynb #b72a84bb
 import sys
 import weakref
+from functools import partial
+from types import MethodType
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -110,7 +112,7 @@ def routers(model: nn.Module) -> dict[str, Router]:
     if not found: raise TypeError(f"{type(model).__name__} has no router: no routed experts to record or replay")
     return found
 
-# %% ../nbs/07_routing.ipynb #4c0d2514
+# %% ../nbs/07_routing.ipynb #58e8e68f
 def _asks_topk(input, k, dim=-1, largest=True, sorted=True): return input, k, dim
 def _asks_max(input, dim=None, keepdim=False): return input, 1, dim if keepdim else None
 
@@ -125,26 +127,22 @@ class _Site(TorchFunctionMode):
     The mode is entered inside the router's forward, not around the model: activation checkpointing recomputes a layer in the
     thread of the backward pass, where a mode entered outside is not active."""
 
-    def __init__(self):
+    def __init__(self, router):
         super().__init__()
-        self.recorders, self.replays = [], []
-        # one function for the life of a module, so that a compiled model is not compiled again at every `with`
-        self.forward = torch.compiler.disable(lambda *args, **kwargs: self.route(*args, **kwargs),
-                                              reason="this router is being recorded or replayed")
-
-    def install(self, router):
         self.router, module = router, router.module
-        self.own = module.__dict__.get("forward")  # somebody else's wrapper, to be put back
-        self.live, self.place = module.forward, None
+        self.recorders, self.replays, self.place = [], [], None
         self.functions, self.arguments, self.answer = _QUESTIONS[router.call]
-        module.forward = self.forward
+        if _is_ours(module): del module.forward  # a copy of a model, made while that was recorded or replayed
+        self.own, self.live = module.__dict__.get("forward"), module.forward  # somebody else's wrapper is put back later
+        module.forward = MethodType(_forward, module)
+        _SITES[module] = self
 
     def remove(self):
         module = self.router.module
-        if module.__dict__.get("forward") is self.forward:
+        if _is_ours(module):
             del module.forward
             if self.own is not None: module.forward = self.own
-        self.router = self.own = self.live = self.masked = None  # the site outlives the `with`; it must not keep the model alive
+        del _SITES[module]
 
     def route(self, *args, **kwargs):
         r = self.router
@@ -194,6 +192,17 @@ class _Site(TorchFunctionMode):
 _SITES: "weakref.WeakKeyDictionary[nn.Module, _Site]" = weakref.WeakKeyDictionary()
 
 
+@partial(torch.compiler.disable, reason="this router is being recorded or replayed")
+def _forward(module, *args, **kwargs):
+    """What `module.forward` is meanwhile: one function for all routers and times, so that a compiled model is compiled for it once,
+    and a bound method, so that a copy of the model made meanwhile calls its own forward."""
+    site = _SITES.get(module)
+    return type(module).forward(module, *args, **kwargs) if site is None else site.route(*args, **kwargs)
+
+
+def _is_ours(module): return getattr(module.__dict__.get("forward"), "__func__", None) is _forward
+
+
 class _Attached:
     "A context manager that attaches itself to all routers of a model and leaves no trace of itself behind."
     _kind: str
@@ -209,9 +218,7 @@ class _Attached:
     def __enter__(self):
         if self._sites: raise RuntimeError(f"this {type(self).__name__} is already entered")
         for r in self.routers.values():
-            site = _SITES.setdefault(r.module, None) or _Site()
-            _SITES[r.module] = site
-            if not (site.recorders or site.replays): site.install(r)
+            site = _SITES.get(r.module) or _Site(r)
             getattr(site, self._kind).append(self)
             self._sites.append(site)
         return self
@@ -256,9 +263,9 @@ class record(_Attached):
         self._chosen = dict.fromkeys(self._chosen)
         return routes if batch is None else routes.unflatten(0, (batch, -1))
 
-# %% ../nbs/07_routing.ipynb #df22051a
+# %% ../nbs/07_routing.ipynb #71a561c1
 def _check_routes(routes, valid, names, experts, top_k):
-    "Refuse routes that no rollout engine can have meant. One layer's rows are widened at a time."
+    "Refuse routes that no rollout engine can have meant."
     L = len(names)
     if routes.dtype not in (torch.uint8, torch.uint16):
         raise ValueError(f"routes are {routes.dtype}; keep them packed, as {routes_dtype(max(experts))}")
@@ -269,19 +276,24 @@ def _check_routes(routes, valid, names, experts, top_k):
     if valid.dtype != torch.bool or valid.shape != routes.shape[:2]:
         raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}; it must be torch.bool {list(routes.shape[:2])}, as the routes")
     n = int(valid.sum())
-    for layer, (name, E) in enumerate(zip(names, experts, strict=True)):
-        rows = routes[:, :, layer].to(torch.int64)
-        order = rows.sort(-1).values
-        outside = order[..., -1] >= E
-        twice = (order[..., 1:] == order[..., :-1]).any(-1)
-        zero = (rows == 0).all(-1)
-        all_zero = (zero | ~valid).all() if n >= (1 if top_k > 1 else 32) else zero.new_zeros(())
-        if not bool((((outside | twice) & valid).any() | all_zero)): continue
-        if bool(all_zero):
-            raise ValueError(f"{name} (layer {layer}): all {n} valid rows are zero: the engine has not recorded this layer")
-        bad = ((outside | twice) & valid).nonzero()[0].tolist()
-        what = f"an expert outside 0..{E - 1}" if bool(outside[tuple(bad)]) else "one expert twice"
-        raise ValueError(f"{name} (layer {layer}): routes[{bad[0]}, {bad[1]}] = {rows[tuple(bad)].tolist()} has {what}")
+    suspicious = n >= (1 if top_k > 1 else 32)  # one expert a token may well be number 0 for a few tokens
+    found = []
+    for layer, E in enumerate(experts):
+        columns = routes[:, :, layer].permute(2, 0, 1).to(torch.int16)  # [K, B, T]; above 32767 negative
+        bad = ((columns < 0) | (columns >= E)).any(0)
+        for j in range(1, top_k): bad |= (columns[:j] == columns[j]).any(0)
+        zero = (~columns.bool().any(0) | ~valid).all() & suspicious
+        found.append((bad & valid).any() | zero)
+    found = torch.stack(found)
+    if not bool(found.any()): return  # the one moment to wait for the device
+    layer = int(found.nonzero()[0])
+    name, E, rows = names[layer], experts[layer], routes[:, :, layer].to(torch.int64)
+    if suspicious and not bool(rows[valid].any()):
+        raise ValueError(f"{name} (layer {layer}): all {n} valid rows are zero: the engine has not recorded this layer")
+    order = rows.sort(-1).values
+    b, t = (((order[..., -1] >= E) | (order.diff() == 0).any(-1)) & valid).nonzero()[0].tolist()
+    what = f"an expert outside 0..{E - 1}" if int(order[b, t, -1]) >= E else "one expert twice"
+    raise ValueError(f"{name} (layer {layer}): routes[{b}, {t}] = {rows[b, t].tolist()} has {what}")
 
 
 def _awaits_recomputation():
@@ -290,7 +302,7 @@ def _awaits_recomputation():
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:
-            return any(isinstance(a, Tensor) and a.requires_grad for a in frame.f_locals["args"])
+            return bool(frame.f_locals["ctx"].next_functions)  # empty under no_grad: no backward pass will come
         frame = frame.f_back
     return False
 
@@ -319,7 +331,7 @@ class replay(_Attached):
 
     def _answer(self, router, scores, source, columns, live):
         name = router.name
-        rows = self.routes[:, :, self._layer[name], columns].flatten(0, 1).to(scores.device, torch.int64)
+        rows = self.routes[:, :, self._layer[name], columns].to(scores.device).to(torch.int64).flatten(0, 1)
         valid = self.valid.flatten().to(scores.device)
         if rows.shape[0] != scores[..., 0].numel():
             raise ValueError(f"{name}: this forward has {scores[..., 0].numel()} tokens, routes {list(self.routes.shape)} are for "
@@ -335,7 +347,7 @@ class replay(_Attached):
 
     def _keep_account(self, name, scores, valid):
         self._forwards[name] += 1
-        nan = (scores.isnan().any(-1) & valid).any()  # looked at on leaving: asking here would wait for the device at each layer
+        nan = (scores.sum(-1).isnan() & valid).any()  # looked at on leaving: asking here would wait for the device at each layer
         self._nan[name] = nan | self._nan[name] if name in self._nan else nan
         if _awaits_recomputation(): self._pending.add(name)
 
@@ -344,16 +356,20 @@ class replay(_Attached):
         if kind is not None: return
         n = self._forwards
         missing = [name for name, count in n.items() if not count]
-        if missing: raise RuntimeError(f"replay reached {len(n) - len(missing)} of {len(n)} routers, not {', '.join(missing[:3])}: there was "
-                                       "no forward, or it went around them")
+        if missing:
+            raise RuntimeError(f"replay reached {len(n) - len(missing)} of {len(n)} routers, not {', '.join(missing[:3])}: there was no "
+                               "forward, or it went around them")
         if len(set(n.values())) > 1:
-            raise RuntimeError(f"routers were asked unequally often ({n}): one module routes for several layers, and routes cannot say which")
-        if self._pending: raise RuntimeError(f"replay was left before the backward pass of {', '.join(sorted(self._pending)[:3])}: its "
-                                             "checkpoint would recompute with live experts; call backward() inside the `with`")
+            raise RuntimeError(f"routers were asked unequally often ({n}): one of them routes for several layers, and routes cannot say "
+                               "which")
+        if self._pending:
+            raise RuntimeError(f"replay was left before the backward pass of {', '.join(sorted(self._pending)[:3])}: its checkpoint would "
+                               "recompute with live experts; call backward() inside the `with`")
         nan = torch.stack(list(self._nan.values()))
         if bool(nan.any()):
             first = list(self._nan)[int(nan.nonzero()[0])]
-            raise ValueError(f"{first}: the scores of {int(nan.sum())} of {len(n)} routers, this one first, hold NaN where a route is valid")
+            raise ValueError(f"{first}: the scores of {int(nan.sum())} of {len(n)} routers, this one first, hold NaN where a route is "
+                             "valid")
 
 # %% ../nbs/07_routing.ipynb #4fcca975
 @dataclass(frozen=True)
