@@ -344,3 +344,11 @@ def test_training_through_an_emulated_model_reaches_every_weight():
     model(tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_twice_is_rounding_once(kind, dtype):
+    w = (torch.randn(3, 500, 200, generator=torch.Generator().manual_seed(7)) * torch.rand(3, 500, 1)).to(dtype)
+    once = fp8.round_weight_(w.clone(), kind)
+    assert torch.equal(fp8.round_weight_(once.clone(), kind), once)
