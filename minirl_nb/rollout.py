@@ -90,7 +90,7 @@ def choose(logits: Tensor,  # [b, V]
         token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
-# %% ../nbs/10_rollout.ipynb #1a6533cd
+# %% ../nbs/10_rollout.ipynb #5adce604
 _STEP = 16     # the cache grows, and attention runs, in multiples of this many positions
 
 
@@ -152,7 +152,8 @@ class _SlotCache(Cache):
 def _slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention of one query a row on a CPU: two batched products over the grouped heads. torch's fused CPU kernel is made for
     long queries and takes about twice as long here; everything but single-token decoding goes to it."""
-    if query.shape[2] != 1 or query.device.type != "cpu" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+    if query.shape[2] != 1 or attention_mask is None or query.device.type != "cpu" or {"softcap", "s_aux"} & {
+            k for k, v in kwargs.items() if v is not None}:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     b, h, _, d = query.shape
     kv, width = key.shape[1], key.shape[2]
