@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import transformers
+from bench.bench_routing import Peak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_families import build
@@ -362,6 +363,23 @@ def test_experts_implementations_and_lower_precision(implementation, lower):
         with replay(model, drawn(), VALID), record(model) as used: other = gradients(model)
     assert torch.equal(used.pop(B), drawn()) and not same(live, other)
     assert all(bool(other[f"model.layers.{i}.mlp.gate.weight"].any()) for i in range(L))
+
+
+def test_memory_is_the_packed_routes_and_one_layers_rows():
+    model, shape = qwen(num_experts=64, num_experts_per_tok=8), (4, 256)
+    x, forced, valid = tokens(shape=shape), drawn(shape=shape, k=8, experts=64), torch.ones(shape, dtype=torch.bool)
+    valid[:, -1] = False
+
+    def peak(replayed):
+        model.zero_grad(set_to_none=True)
+        with Peak() as p:
+            if not replayed: model(x, labels=x).loss.backward()
+            else:
+                with replay(model, forced, valid): model(x, labels=x).loss.backward()
+        return p.peak
+    peak(False)
+    extra = peak(True) - peak(False)
+    assert extra <= forced.numel() + valid.numel() * 8 * 8  # packed routes, and [tokens, K] int64
 
 
 def test_micro_batches_add_up_to_the_batch():
