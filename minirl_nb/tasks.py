@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARITHMETIC_SYMBOLS', 'TRAINING_PROBLEMS', 'BENCHMARK_PROBLEMS', 'BANDS', 'TAIL', 'CHECKS', 'VERIFIERS', 'BOXED',
-           'TAGGED', 'Problem', 'Task', 'carries', 'arithmetic_problems', 'write_jsonl', 'write_arithmetic',
-           'arithmetic_tokenizer', 'verify_arithmetic', 'last_boxes', 'Pool', 'pool', 'verify_math', 'verify_exact',
-           'read_jsonl', 'load']
+           'TAGGED', 'Problem', 'encode_prompt', 'Task', 'carries', 'arithmetic_problems', 'write_jsonl',
+           'write_arithmetic', 'arithmetic_tokenizer', 'verify_arithmetic', 'last_boxes', 'Pool', 'pool', 'verify_math',
+           'verify_exact', 'rows', 'read_jsonl', 'load']
 
-# %% ../nbs/09_tasks.ipynb #0449fa2a
+# %% ../nbs/09_tasks.ipynb #c7678f0d
 import atexit
 import functools
 import hashlib
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +33,20 @@ if TYPE_CHECKING:   # the processes of `Pool` import this module: it stays free 
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-# %% ../nbs/09_tasks.ipynb #ed792ae0
+# %% ../nbs/09_tasks.ipynb #d742ea6e
 @dataclass(frozen=True)
 class Problem:
     "One problem x with its verified answer; `id` is unique within its list."
     id: str
     problem: str
     answer: str
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    "Token ids of a prompt; a tokenizer with a chat template (an instruct model's) gets it as the user's turn."
+    if not getattr(tokenizer, "chat_template", None): return list(tokenizer(text)["input_ids"])
+    return list(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True,
+                                              return_dict=False))
 
 
 @dataclass
@@ -78,15 +85,12 @@ class Task:
         return self.template.replace("{problem}", problem.problem)   # not str.format: problems are full of braces
 
     def encode(self, problem: Problem, tokenizer=None) -> list[int]:
-        "Token ids of the prompt; a tokenizer with a chat template (an instruct model's) gets the prompt as the user's turn."
+        "Token ids of the prompt (`encode_prompt`). ValueError for a symbol that the task's own tokenizer does not know."
         tok, text = self._tokenizer(tokenizer), self.prompt(problem)
-        if getattr(tok, "chat_template", None):
-            return list(tok.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True,
-                                                return_dict=False))
         if tok is self.tokenizer and (unknown := set(text) - set(tok.get_vocab())):
             raise ValueError(f"problem {problem.id!r}: the tokenizer of task {self.name} has no symbol for "
                              f"{' '.join(map(repr, sorted(unknown)))} in {text!r}")
-        return list(tok(text)["input_ids"])
+        return encode_prompt(tok, text)
 
     def decode(self, tokens: Sequence[int], tokenizer=None) -> str:
         "Text of a response's tokens, as `verify` wants it."
@@ -182,7 +186,7 @@ def verify_arithmetic(problems: Sequence[Problem], texts: Sequence[Any]) -> list
     return [float(isinstance(text, str) and text.endswith(".") and text[:-1].rpartition("=")[2] == problem.answer)
             for problem, text in zip(problems, texts, strict=True)]
 
-# %% ../nbs/09_tasks.ipynb #5b98f5a8
+# %% ../nbs/09_tasks.ipynb #88cd136c
 TAIL = 4000   # characters at the end of a response in which its answer is looked for
 
 
@@ -219,6 +223,8 @@ def last_boxes(text: str) -> str:
 
 def _check_math(answer: str, text: str) -> bool:
     from math_verify import parse, verify
+    if match := re.fullmatch(r"\s*\\boxed\{\s*(-?\d+)\s*\}\s*", last_boxes(text[-TAIL:])):   # two integers need no algebra
+        if re.fullmatch(r"-?\d+", answer.strip()) and len(answer) < 100: return int(match[1][:100]) == int(answer) and len(match[1]) < 100
     answered = parse(last_boxes(text[-TAIL:]), _math_config(), parsing_timeout=None)
     return bool(verify(_math_gold(answer), answered, timeout_seconds=None))
 
@@ -264,7 +270,7 @@ def _serve(seconds: float, megabytes: int) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             verdicts.write(b"1" if right else b"0")
 
-# %% ../nbs/09_tasks.ipynb #96b5a332
+# %% ../nbs/09_tasks.ipynb #69ef8d7b
 class _Worker:
     "One process of a `Pool`, the requests it still owes a verdict for, and when its last sign of life came."
 
@@ -285,6 +291,7 @@ class _Worker:
 
     def close(self) -> str:
         "End the process now; returns what it had written on stderr."
+        if self.process.stderr.closed: return ""
         self.process.kill()
         message = self.process.stderr.read().decode(errors="replace")
         self.process.wait()
@@ -383,32 +390,40 @@ def verify_exact(problems: Sequence[Problem], texts: Sequence[Any]) -> list[floa
 
 VERIFIERS = {"math": verify_math, "arithmetic": verify_arithmetic, "exact": verify_exact}
 
-# %% ../nbs/09_tasks.ipynb #9728e9cd
+# %% ../nbs/09_tasks.ipynb #cee6d51e
 BOXED = "{problem}\n\nReason step by step, and put the final answer in \\boxed{}."
 TAGGED = "{problem}\n\nReason step by step, and put the final answer between <answer> and </answer>."
 _PROBLEM_COLUMNS = ("problem", "question", "prompt")
 _ANSWER_COLUMNS = ("answer", "final_answer", "solution")
 
 
-def read_jsonl(path: str | Path) -> list[Problem]:
-    """Problems of a JSONL file with `problem`, `answer` and an optional `id` (its line, if it has none).
+def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", object) of each line of a JSONL file that is not blank.
 
-    Raises FileNotFoundError, or ValueError with file and line for whatever is not a problem."""
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no problem file {path}" + (" (it is a folder)" if path.is_dir() else ""))
-    problems, lines = [], {}
+    Raises FileNotFoundError, or ValueError with file and line for what is not a JSON object, and for a file without any."""
+    path, number, empty = Path(path), 0, True
+    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}" + (" (it is a folder)" if path.is_dir() else ""))
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
         except UnicodeDecodeError as e: raise ValueError(f"{path}:{number}: not UTF-8 text ({e.reason})") from None
         except (ValueError, RecursionError) as e: raise ValueError(f"{path}:{number}: not a JSON object ({e})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a {type(row).__name__}, not a JSON object with 'problem' and 'answer'")
-        problem = _problem(row, "problem", "answer", f"{path}:{number}", str(row.get("id", f"{path.stem}:{number}")))
-        if problem.id in lines: raise ValueError(f"{path}:{number}: the id {problem.id!r} is that of line {lines[problem.id]} already")
-        lines[problem.id] = number
+        if not isinstance(row, dict): raise ValueError(f"{path}:{number}: a JSON {type(row).__name__} where an object is expected")
+        empty = False
+        yield f"{path}:{number}", row
+    if empty: raise ValueError(f"{path}:1: the file is empty; each line must hold a JSON object")
+
+
+def read_jsonl(path: str | Path) -> list[Problem]:
+    """Problems of a JSONL file with `problem`, `answer` and an optional `id` (its line, if it has none).
+
+    Raises FileNotFoundError, or ValueError with file and line for whatever is not a problem."""
+    problems, known = [], {}
+    for where, row in rows(path):
+        problem = _problem(row, "problem", "answer", where, str(row.get("id", where.rpartition("/")[2])))
+        if problem.id in known: raise ValueError(f"{where}: the id {problem.id!r} was taken at {known[problem.id]}")
+        known[problem.id] = where
         problems.append(problem)
-    if not problems: raise ValueError(f"{path}:1: the file holds no problem; each line must be a JSON object with 'problem' and 'answer'")
     return problems
 
 
