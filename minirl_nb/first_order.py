@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_first_order.ipynb #2de70796
+# %% ../nbs/01_first_order.ipynb #5c6af996
 VALIDITY_LIMIT = 0.5  # the gradient's error is about as long as the gradient itself there (page 01); `train` warns above it
 _HORIZON = 8 * 0.4769362762044699**2  # s^2 at which erf(s / sqrt 8) = 1/2
 
@@ -34,7 +34,7 @@ def validity(logp: Tensor,  # [B, T] training engine, now
             add up to 1 (both are 0 if nothing has shifted); a negative share cancels some of the other.
         validity/horizon: tokens after which `breakdown` would reach `VALIDITY_LIMIT` at this batch's ratios (at most 1e9).
     Clipping and truncation of the weights are not part of the approximation and not seen here. Time and memory are O(BT), in
-    float64, a few million tokens at a time. Raises ValueError if the shapes differ; NaN on a response token gives NaN.
+    float64, two million tokens (0.3 GB) at a time. Raises ValueError if the shapes differ; NaN on a response token gives NaN.
     """
     # `weights` owns the log ratio but has the higher number, as it builds on this page's result; importing it on the first call
     # keeps one copy of the formula and an import order without a cycle
@@ -45,7 +45,7 @@ def validity(logp: Tensor,  # [B, T] training engine, now
         raise ValueError(f"log-probabilities {tuple(logp.shape)}, {tuple(logp_old.shape)}, {tuple(logp_mu.shape)} and mask "
                          f"{tuple(response_mask.shape)} must have one shape [B, T]")
     B, T = response_mask.shape
-    rows = max(1, 2**22 // max(T, 1))
+    rows = max(1, 2**21 // max(T, 1))
     total, sums = torch.full((2,), -torch.inf, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for i in range(0, B, rows):
         part = slice(i, i + rows)
@@ -67,4 +67,4 @@ def validity(logp: Tensor,  # [B, T] training engine, now
     return {"validity/breakdown": 0.0 if total[1] == -torch.inf else float((total[0] - total[1]).exp()),
             "validity/spread": math.sqrt(square / n) if n else 0.0,
             "validity/discrepancy": share, "validity/staleness": 1 - share if square else 0.0,
-            "validity/horizon": _HORIZON / max(per_token / n if n else 0.0, 1e-9 * _HORIZON)}
+            "validity/horizon": min(_HORIZON * n / per_token, 1e9) if per_token else 1e9}
