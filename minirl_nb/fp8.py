@@ -188,7 +188,7 @@ def scheme(spec: str | Scheme | None) -> Scheme | None:
     if spec not in SCHEMES: raise ValueError(f"unknown FP8 scheme {spec!r}; use none or one of {', '.join(SCHEMES)}")
     return SCHEMES[spec]
 
-# %% ../nbs/08_fp8.ipynb #eeb97a9b
+# %% ../nbs/08_fp8.ipynb #7d04659d
 class _Shared:
     "One rounding for all linears that read the same tensor (q, k, v; gate, up): kept until the last of them has read it."
     def __init__(self, kind: str):
@@ -203,7 +203,7 @@ class _Shared:
 
 
 class _RoundedLinear:
-    def forward(self, input: Tensor) -> Tensor: return F.linear(self._fp8(input), self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor: return super().forward(self._fp8(input))
 
 
 class _RoundedExperts:
@@ -232,8 +232,8 @@ def _rounded_class(cls: type, mixin: type) -> type:
     "The module's own class with `mixin` in front: swapped in for an instance, so that no other model notices."
     return type("FP8" + cls.__name__, (mixin, cls), {"__module__": __name__})
 
-# %% ../nbs/08_fp8.ipynb #a21f4eca
-_ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate|wg)$")
+# %% ../nbs/08_fp8.ipynb #a1fdc529
+_ROUTERS = re.compile(r"(^|\.)(gate|router|router_gate|shared_expert_gate|wg)$")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))   # siblings that an engine holds as one matrix
 
 
@@ -301,9 +301,11 @@ def targets(model: nn.Module, skip: str = "") -> tuple[dict[str, nn.Module], dic
         elif isinstance(m, nn.Linear):
             parent = type(modules[name.rpartition(".")[0]]).__name__
             if m is not head and not _ROUTERS.search(name) and not re.search("Router|Gating", parent): linears[name] = m
-        elif not isinstance(m, nn.modules.conv._ConvNd) and any(p.ndim == 3 for p in m.parameters(recurse=False)):
-            raise NotImplementedError(f"{name} ({type(m).__name__}) holds 3-dimensional weights in a form that is not known "
-                                      f"here; exclude it with skip={re.escape(name)!r} if it is no expert product")
+        elif not isinstance(m, nn.modules.conv._ConvNd):
+            least = 2 if "Expert" in type(m).__name__ else 3     # DBRX stacks its experts' matrices in two dimensions
+            if any(least <= p.ndim <= 3 for p in m.parameters(recurse=False)):
+                raise NotImplementedError(f"{name} ({type(m).__name__}) holds expert weights in a form that is not known here; "
+                                          f"exclude it with skip={re.escape(name)!r} if it should stay as it is")
     if not linears and not experts: raise ValueError(f"{type(model).__name__} has no linear layer and no fused experts to round")
     return linears, experts
 

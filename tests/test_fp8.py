@@ -1,6 +1,7 @@
 """Engineering tests of fp8: every bit of the rounding, the scales of each scheme, and emulated Hugging Face models."""
 import copy
 
+import moe_families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minirl_nb import fp8
+from minirl_nb import fp8, routing
 from minirl_nb.policy import token_logprobs
 from minirl_nb.weights import ratio_stats
 
@@ -159,7 +160,7 @@ FAMILIES = {
     "olmoe": dict(num_experts=4, num_experts_per_tok=2), "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2),
     "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2), "flex_olmo": dict(num_experts=4, num_experts_per_tok=2),
     "glm4_moe": dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
-                     first_k_dense_replace=0), "nemotron_h": {}, "phimoe": dict(num_local_experts=4), "llama": {}, "qwen3": {}}
+                     first_k_dense_replace=0), "phimoe": dict(num_local_experts=4), "llama": {}, "qwen3": {}}
 SMALL = dict(vocab_size=48, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, pad_token_id=0, max_position_embeddings=64)
 
@@ -352,3 +353,25 @@ def test_rounding_twice_is_rounding_once(kind, dtype):
     w = (torch.randn(3, 500, 200, generator=torch.Generator().manual_seed(7)) * torch.rand(3, 500, 1)).to(dtype)
     once = fp8.round_weight_(w.clone(), kind)
     assert torch.equal(fp8.round_weight_(once.clone(), kind), once)
+
+
+REFUSED = {"dbrx": "ffn.experts.mlp .DbrxExpertGLU", "inkling": "InklingSharedExperts", "jetmoe": "JetMoeParallelExperts",
+           "llama4": "Llama4TextExperts", "longcat_flash": "LongcatFlashExperts"}
+
+
+@pytest.mark.parametrize("family", moe_families.discover())
+def test_every_moe_family_of_transformers_is_emulated_or_refused_by_name(family):
+    model = moe_families.build(moe_families.discover()[family])
+    if family in REFUSED:
+        with pytest.raises(NotImplementedError, match=REFUSED[family]): fp8.emulate(model, "fp8_per_channel")
+        return
+    try: routers = routing.routers(model)
+    except TypeError: routers = {}        # doge cannot be replayed
+    blocks = {n for n, m in model.named_modules() if fp8._is_experts(m)}
+    inside = lambda n, r: n == r or (n.startswith(r + ".") and not any(b.startswith(r + ".") for b in blocks))
+    assert not [n for n in fp8.targets(model)[0] if any(inside(n, r) for r in routers)], "a router must not be rounded"
+    tokens = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(tokens).logits
+        noisy = fp8.emulate(model, "fp8_per_channel")(tokens).logits
+    assert noisy.isfinite().all() and not torch.equal(noisy, plain)

@@ -1,6 +1,7 @@
 """Engineering tests of policy: values and gradients against log_softmax, alignment, padding, families, memory."""
 import copy
 
+import moe_families
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,8 +138,8 @@ SMALL = dict(vocab_size=48, hidden_size=32, intermediate_size=32, num_hidden_lay
 FAMILIES = {"qwen3_moe": MOE, "qwen2_moe": MOE | dict(shared_expert_intermediate_size=32), "mixtral": dict(num_local_experts=4),
             "olmoe": dict(num_experts=4, num_experts_per_tok=2), "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2),
             "llama": {}, "gemma2": dict(final_logit_softcapping=0.5), "granite": dict(logits_scaling=3.0), "cohere": {}, "phi": {},
-            "falcon_h1": dict(lm_head_multiplier=3.0), "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0,
-                                                                     eos_token_id=0)}
+            "falcon_h1": dict(lm_head_multiplier=3.0, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
+            "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)}
 
 
 def build(family="qwen3_moe", **overrides):
@@ -311,3 +312,16 @@ def test_the_check_draws_nothing_from_the_global_stream_and_runs_no_layer():
     torch.manual_seed(1)
     check_head(model)
     assert torch.equal(torch.rand(1), a)
+
+
+UNKNOWN = {"inkling": "off by", "llama4": "no base model"}
+
+
+@pytest.mark.parametrize("family", moe_families.discover())
+def test_every_moe_family_of_transformers_agrees_with_its_logits_or_is_refused(family):
+    model = moe_families.build(moe_families.discover()[family])
+    tokens, _, mask = batch()
+    if family in UNKNOWN:
+        with pytest.raises(NotImplementedError, match=UNKNOWN[family]): token_logprobs(model, tokens, mask)
+        return
+    with torch.no_grad(): torch.testing.assert_close(token_logprobs(model, tokens, mask), of_model(model, tokens, mask), rtol=0, atol=2e-5)
