@@ -18,7 +18,7 @@ RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
 PAGES ?=
 
-.PHONY: demo test venv dev vllm notebooks-clean exported readme-current lint pages unit page bench coldstart clean
+.PHONY: demo test venv dev vllm notebooks-clean exported readme-current lint pages unit page bench bench-trl coldstart clean
 
 demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 	$(BIN)/minirl train demo --output.folder $(RUN) --rollout.engine $(ENGINE) $(ARGS)
@@ -44,6 +44,10 @@ page: $(VENV)/.dev
 	$(BIN)/python tests/pages.py build $(P)
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench $(ARGS)
+# TRL for the comparison, in an environment of its own
+bench-trl: $(VENV)/.base
+	$(BIN)/python -m venv .venv-trl
+	.venv-trl/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)" trl==1.16.0 transformers==5.23.0
 # the command that made data/coldstart
 coldstart: $(VENV)/.base
 	$(BIN)/minirl coldstart $(ARGS)
