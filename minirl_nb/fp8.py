@@ -309,7 +309,7 @@ def targets(model: nn.Module, skip: str = "") -> tuple[dict[str, nn.Module], dic
     if not linears and not experts: raise ValueError(f"{type(model).__name__} has no linear layer and no fused experts to round")
     return linears, experts
 
-# %% ../nbs/08_fp8.ipynb #aeef94d7
+# %% ../nbs/08_fp8.ipynb #8c94390e
 @dataclass
 class _Emulation:
     scheme: Scheme
@@ -380,17 +380,20 @@ def load_(model: nn.Module,
     """Copy fresh weights into the model in place and round them anew under its scheme (plain copy for a plain model).
 
     The copy is cast to the model's dtype first, then rounded, as an engine that receives weights in its own dtype does. Every
-    parameter must be given. Raises KeyError or ValueError, naming the tensor, for missing, unknown or misshapen ones and, in an
-    emulated model, for weights that are not finite.
+    parameter must be given, buffers may be (a `state_dict` has them). Raises KeyError or ValueError, naming the tensor, for missing,
+    unknown or misshapen ones and, in an emulated model, for weights that are not finite.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     given = dict(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
-    if unknown := sorted(given.keys() - own.keys()): raise KeyError(f"{unknown[0]} is no parameter of {type(model).__name__}")
-    filled = {id(own[n]) for n in given}
+    if unknown := sorted(given.keys() - own.keys() - buffers.keys()):
+        raise KeyError(f"{unknown[0]} is no parameter of {type(model).__name__}")
+    filled = {id(own[n]) for n in given if n in own}
     if missing := [n for n, p in own.items() if id(p) not in filled]: raise KeyError(f"no new value for {', '.join(missing[:5])}")
     for name, t in given.items():
-        if t.shape != own[name].shape: raise ValueError(f"{name} is {tuple(t.shape)}, must be {tuple(own[name].shape)}")
-        own[name].data.copy_(t)
+        to = own[name] if name in own else buffers[name]
+        if t.shape != to.shape: raise ValueError(f"{name} is {tuple(t.shape)}, must be {tuple(to.shape)}")
+        to.data.copy_(t)
     if emulation(model) is not None: model._fp8_emulation.round_()
     return model
 

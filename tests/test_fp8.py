@@ -295,6 +295,9 @@ def test_load_takes_a_state_dict_with_tied_weights_and_names_what_is_wrong():
     fp8.load_(engine, trainer.state_dict())
     fp8.load_(engine, trainer.named_parameters())
     assert torch.equal(engine.lm_head.weight, trainer.model.embed_tokens.weight)
+    other = build("glm4_moe", seed=1)
+    assert len(other.state_dict()) > len(dict(other.named_parameters())), "buffers of the routers"
+    fp8.load_(build("glm4_moe"), other.state_dict())
     weights = dict(trainer.named_parameters())
     name = "model.layers.1.mlp.experts.down_proj"
     with pytest.raises(KeyError, match=f"no new value for {name}"): fp8.load_(engine, {k: v for k, v in weights.items() if k != name})
