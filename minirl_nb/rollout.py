@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sampling', 'Engine', 'choose', 'TorchEngine', 'ParityError', 'Parity', 'compare_weights', 'parity']
 
-# %% ../nbs/10_rollout.ipynb #c805d60e
+# %% ../nbs/10_rollout.ipynb #cdb5d465
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -90,7 +91,7 @@ def choose(logits: Tensor,  # [b, V]
         token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
-# %% ../nbs/10_rollout.ipynb #5adce604
+# %% ../nbs/10_rollout.ipynb #c91dcbc4
 _STEP = 16     # the cache grows, and attention runs, in multiples of this many positions
 
 
@@ -109,8 +110,9 @@ class _SlotLayer(CacheLayerMixin):
         if c.position is None:                         # prefill: kept until `rebuild` gives them slots
             self.fresh = key_states, value_states
             return key_states, value_states
-        self.k[c.slot, :, c.position] = key_states[:, :, 0]
-        self.v[c.slot, :, c.position] = value_states[:, :, 0]
+        # one row of numbers for each (slot, head): a flat index_copy is several times faster than k[slot, :, position] = ...
+        self.k.view(-1, self.k.shape[3]).index_copy_(0, c.flat, key_states.reshape(-1, key_states.shape[3]))
+        self.v.view(-1, self.v.shape[3]).index_copy_(0, c.flat, value_states.reshape(-1, value_states.shape[3]))
         return self.k[:, :, :c.width], self.v[:, :, :c.width]
 
     def get_seq_length(self, *args): return 0          # positions are always passed in
@@ -122,31 +124,30 @@ class _SlotLayer(CacheLayerMixin):
 class _SlotCache(Cache):
     def __init__(self, layers: int):
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
-        self.position = self.slot = None
+        self.position = self.flat = None
         self.width = self.capacity = 0
 
     def at(self, position: Tensor, longest: int):
         "The next forward feeds one token a row, at these positions; the longest row decides the width."
         self.position, self.width = position, -(-(longest + 1) // _STEP) * _STEP
         if self.width > self.capacity: self.rebuild(None, None, self.width)
+        rows, heads, capacity, _ = self.layers[0].k.shape
+        first = torch.arange(rows * heads, device=position.device).view(rows, heads) * capacity
+        self.flat = (first + position[:, None]).flatten()              # where (slot, head, position) stands in a flat cache
 
     def rebuild(self, keep: Tensor | None, fresh: Tensor | None, longest: int):
         "Rows `keep` (None: all) of the slots, then rows `fresh` of the last prefill, with room for `longest` tokens and some more."
-        if longest > self.capacity: self.capacity = -(-longest * 3 // 2 // _STEP) * _STEP
+        grow = longest > self.capacity
+        if grow: self.capacity = -(-longest * 3 // 2 // _STEP) * _STEP
         for layer in self.layers:
             for i, name in enumerate(("k", "v")):
-                old = getattr(layer, name)
-                kept = 0 if old is None else len(old) if keep is None else len(keep)
-                new = None if fresh is None else layer.fresh[i]
-                like = old if new is None else new
-                rows = kept + (0 if new is None else len(fresh))
-                # zeros, not empty: attention multiplies what it masks by zero, and 0 * NaN is not 0
-                buffer = like.new_zeros(rows, like.shape[1], self.capacity, like.shape[3])
-                if kept: buffer[:kept, :, :old.shape[2]] = old if keep is None else old[keep]
-                if new is not None: buffer[kept:, :, :new.shape[2]] = new[fresh]
-                setattr(layer, name, buffer)
+                parts, old = [], getattr(layer, name)
+                if old is not None and (keep is None or len(keep)): parts.append(old if keep is None else old.index_select(0, keep))
+                if fresh is not None: parts.append(layer.fresh[i].index_select(0, fresh))
+                # padded with zeros: attention multiplies what it masks by zero, and 0 * NaN is not 0
+                parts = [F.pad(x, (0, 0, 0, self.capacity - x.shape[2])) if x.shape[2] < self.capacity else x for x in parts]
+                setattr(layer, name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous())
             layer.fresh = None
-            self.slot = torch.arange(rows, device=buffer.device)
 
 
 def _slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):

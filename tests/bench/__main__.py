@@ -55,8 +55,8 @@ def hf_generate(model, prompts, n, limit, batch):
             out = model.generate(part, attention_mask=torch.ones_like(part), do_sample=True, top_k=0, top_p=1.0, pad_token_id=0,
                                  max_new_tokens=limit)
         new = out[:, part.shape[1]:]
-        ended = (new == eos).cumsum(1) - (new == eos).long()
-        total += int((ended == 0).sum()) if eos is not None else new.numel()
+        if eos is None: total += new.numel()
+        else: total += int(((new == eos).cumsum(1) - (new == eos).long() == 0).sum())
     return total
 
 
