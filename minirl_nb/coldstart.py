@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEACHERS', 'teach', 'ColdStartConfig', 'tiny_moe', 'Trace', 'collate', 'learning_rate', 'ColdStartResult', 'train']
 
-# %% ../nbs/12_coldstart.ipynb #c0fa451b
+# %% ../nbs/12_coldstart.ipynb #210b0e51
 import json
 import math
 import os
@@ -22,25 +22,28 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
                           Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 from .policy import token_logprobs
-from .tasks import Problem, encode_prompt, load, rows
+from .tasks import Problem, encode_prompt, load, rows, verify_arithmetic
 
-# %% ../nbs/12_coldstart.ipynb #75a52365
+# %% ../nbs/12_coldstart.ipynb #0f4604d3
 def _columns(a: int, b: int) -> tuple[str, str]:
-    t, u = b - b % 10, b % 10
-    return f"{a * t}+{a * u}", f"{a // 10 * 10 * t}+{a % 10 * t}+{a // 10 * 10 * u}+{a % 10 * u}={a * t}+{a * u}"
+    "Splits b: a * tens + a * ones."
+    p, q, t, u = a // 10 * 10, a % 10, b // 10 * 10, b % 10
+    return f"{a * t}+{a * u}", f"{p * t}+{q * t}+{p * u}+{q * u}={a * t}+{a * u}"
 
 
 def _rows(a: int, b: int) -> tuple[str, str]:
-    t, u = a - a % 10, a % 10
-    return f"{t * b}+{u * b}", f"{t * (b // 10 * 10)}+{t * (b % 10)}+{u * (b // 10 * 10)}+{u * (b % 10)}={t * b}+{u * b}"
+    "Splits a: tens * b + ones * b."
+    p, q, t, u = a // 10 * 10, a % 10, b // 10 * 10, b % 10
+    return f"{p * b}+{q * b}", f"{p * t}+{p * u}+{q * t}+{q * u}={p * b}+{q * b}"
 
 
 def _running(a: int, b: int) -> tuple[str, str]:
-    t, u, v, w = a - a % 10, a % 10, b - b % 10, b % 10
-    return f"{a * w}+{a * v}", f"{t * v}+{u * v}={a * v}+{t * w}={a * v + t * w}+{u * w}"
+    "The ones first, or a sum that runs along from product to product."
+    p, q, t, u = a // 10 * 10, a % 10, b // 10 * 10, b % 10
+    return f"{a * u}+{a * t}", f"{p * t}+{q * t}={a * t}+{p * u}={a * t + p * u}+{q * u}"
 
 
-TEACHERS: dict[str, Sequence[Callable[[int, int], tuple[str, str]]]] = {
+TEACHERS: dict[str, tuple[Callable[[int, int], tuple[str, str]], ...]] = {
     "columns": (_columns,), "rows": (_rows,), "running": (_running,), "mixed": (_columns, _rows, _running)}
 
 
@@ -104,7 +107,7 @@ def tiny_moe(vocab_size: int, eos_token_id: int, pad_token_id: int, positions: i
                             bos_token_id=None, eos_token_id=eos_token_id, pad_token_id=pad_token_id, dtype="float32")
     return Qwen3MoeForCausalLM(config)
 
-# %% ../nbs/12_coldstart.ipynb #9dd528e6
+# %% ../nbs/12_coldstart.ipynb #db59f250
 @dataclass
 class Trace:
     "A prompt and a response in tokens, the end token included."
@@ -114,20 +117,24 @@ class Trace:
 
 def _teacher_traces(config: ColdStartConfig, tokenizer) -> list[Trace]:
     task, rng = load(config.task), random.Random(config.seed)
+    if task.verifier is not verify_arithmetic:
+        raise ValueError(f"the teacher {config.teacher!r} solves the arithmetic task only; give `traces` for task {config.task!r}")
     prompts = [task.encode(p, tokenizer) for p in task.problems]
     return [Trace(prompt, list(tokenizer(teach(p, config.teacher, config.corruption, rng), add_special_tokens=False)["input_ids"]))
             for _ in range(config.traces_per_problem) for p, prompt in zip(task.problems, prompts)]
 
 
 def _file_traces(path: str, tokenizer) -> list[Trace]:
-    traces = []
+    traces, eos, pad = [], tokenizer.eos_token_id, tokenizer.pad_token_id
     for where, row in rows(path):
         for name in ("prompt", "response"):
             if not isinstance(row.get(name), str) or not row[name]:
                 raise ValueError(f"{where}: {name!r} must be a text that is not empty, not {row.get(name)!r:.80}")
-        response = list(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
-        if response[-1:] != [tokenizer.eos_token_id]: response.append(tokenizer.eos_token_id)
-        traces.append(Trace(encode_prompt(tokenizer, row["prompt"]), response))
+        trace = Trace(encode_prompt(tokenizer, row["prompt"]), list(tokenizer(row["response"], add_special_tokens=False)["input_ids"]))
+        if pad != eos and pad in trace.prompt + trace.response:
+            raise ValueError(f"{where}: a symbol of {row['prompt'] + row['response']!r:.80} is not in the tokenizer's vocabulary")
+        if trace.response[-1] != eos: trace.response.append(eos)
+        traces.append(trace)
     return traces
 
 
@@ -140,7 +147,7 @@ def collate(traces: Sequence[Trace], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens[at < length[:, None]] = torch.tensor([x for t in traces for x in t.prompt + t.response])
     return tokens, (at >= start[:, None]) & (at < length[:, None]), length
 
-# %% ../nbs/12_coldstart.ipynb #0a8ec8f3
+# %% ../nbs/12_coldstart.ipynb #3536a8da
 def learning_rate(step: int, config: ColdStartConfig) -> float:
     "Linear warm-up, then a cosine from `lr` down to a twentieth of it at the last step."
     if step < config.warmup: return config.lr * (step + 1) / config.warmup
@@ -152,7 +159,7 @@ def learning_rate(step: int, config: ColdStartConfig) -> float:
 class ColdStartResult:
     """What `train` made: the checkpoint's folder, the model and tokenizer, and the metrics that went to metrics.jsonl
     (step, loss and entropy in nats a token, lr, gradient norm, processor seconds)."""
-    output: Path
+    folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     metrics: list[dict[str, float]]
@@ -161,8 +168,11 @@ class ColdStartResult:
 def _prepare(config: ColdStartConfig):
     "Model, tokenizer and traces, all checked before any step is made."
     if config.model:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = AutoModelForCausalLM.from_pretrained(config.model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.model)
+            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_safetensors=True)
+        except (OSError, ValueError) as e:
+            raise FileNotFoundError(f"no model and tokenizer in {config.model!r}: {str(e).strip().splitlines()[0]}") from e
     else:
         tokenizer = load(config.task).tokenizer
         if tokenizer is None:
@@ -199,7 +209,7 @@ def train(config: ColdStartConfig) -> ColdStartResult:
             log = step % config.log_every == 0 or step == config.steps - 1
             logp, entropy = token_logprobs(model, tokens, mask, entropy=log)
             loss = -logp.sum() / mask.sum()
-            if not torch.isfinite(loss): raise FloatingPointError(f"cold start, step {step}: the loss is {float(loss)}")
+            if not torch.isfinite(loss): raise FloatingPointError(f"cold start, step {step}: the loss is {loss.item()}")
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             for group in optimizer.param_groups: group["lr"] = learning_rate(step, config)
