@@ -378,3 +378,24 @@ def test_every_moe_family_of_transformers_is_emulated_or_refused_by_name(family)
         plain = model(tokens).logits
         noisy = fp8.emulate(model, "fp8_per_channel")(tokens).logits
     assert noisy.isfinite().all() and not torch.equal(noisy, plain)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_and_scales_are_those_of_vllms_own_functions(dtype, size):
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers.quantization.online import fp8 as online
+    from vllm.model_executor.layers.quantization.utils.quant_utils import weight_amax
+    from vllm.utils.deep_gemm import per_block_cast_to_fp8
+    for shape in ((64, 64), (300, 200), (128, 256), (2, 5), (129, 257)):
+        g = torch.Generator().manual_seed(shape[0])
+        w = (torch.randn(shape, generator=g) * torch.rand(shape[0], 1, generator=g) * size).to(dtype)
+        w[0] = 0
+        codes, scale = fp8.quantize(w, "block")
+        theirs, their_scale = per_block_cast_to_fp8(w, block_size=[128, 128], use_ue8m0=False)
+        assert torch.equal(scale, their_scale) and torch.equal(codes.float(), theirs.float())
+        codes, scale = fp8.quantize(w, "channel")
+        their_scale = online._fp8_channel_scale(weight_amax(w, dim=-1, keepdim=True))
+        assert torch.equal(scale, their_scale) and torch.equal(codes.float(), online._fp8_quant_per_channel(w, their_scale).float())
+        assert torch.equal(fp8.weight_scale(w, "tensor").reshape(1), online._fp8_scale(weight_amax(w).reshape(1)))
