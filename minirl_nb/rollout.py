@@ -91,7 +91,7 @@ def choose(logits: Tensor,  # [b, V]
         token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
-# %% ../nbs/10_rollout.ipynb #c91dcbc4
+# %% ../nbs/10_rollout.ipynb #e252d971
 _STEP = 16     # the cache grows, and attention runs, in multiples of this many positions
 
 
@@ -130,24 +130,34 @@ class _SlotCache(Cache):
     def at(self, position: Tensor, longest: int):
         "The next forward feeds one token a row, at these positions; the longest row decides the width."
         self.position, self.width = position, -(-(longest + 1) // _STEP) * _STEP
-        if self.width > self.capacity: self.rebuild(None, None, self.width)
+        if self.width > self.capacity: self.rebuild(_room(self.width))
         rows, heads, capacity, _ = self.layers[0].k.shape
         first = torch.arange(rows * heads, device=position.device).view(rows, heads) * capacity
         self.flat = (first + position[:, None]).flatten()              # where (slot, head, position) stands in a flat cache
 
-    def rebuild(self, keep: Tensor | None, fresh: Tensor | None, longest: int):
-        "Rows `keep` (None: all) of the slots, then rows `fresh` of the last prefill, with room for `longest` tokens and some more."
-        grow = longest > self.capacity
-        if grow: self.capacity = -(-longest * 3 // 2 // _STEP) * _STEP
+    def rebuild(self, capacity: int | None = None, keep: Tensor | None = None, fresh: Tensor | None = None):
+        "Give the slots another capacity, keep some rows only (None: all), append rows `fresh` of the last prefill: one pass."
+        self.capacity = capacity or self.capacity
         for layer in self.layers:
             for i, name in enumerate(("k", "v")):
                 parts, old = [], getattr(layer, name)
-                if old is not None and (keep is None or len(keep)): parts.append(old if keep is None else old.index_select(0, keep))
+                if old is not None: parts.append(old if keep is None else old.index_select(0, keep))
                 if fresh is not None: parts.append(layer.fresh[i].index_select(0, fresh))
                 # padded with zeros: attention multiplies what it masks by zero, and 0 * NaN is not 0
-                parts = [F.pad(x, (0, 0, 0, self.capacity - x.shape[2])) if x.shape[2] < self.capacity else x for x in parts]
+                parts = [F.pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in parts]
                 setattr(layer, name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous())
-            layer.fresh = None
+
+    def refill(self, slots: Tensor, fresh: Tensor):
+        "Rows `fresh` of the last prefill into existing slots. What an earlier response left behind them is masked until overwritten."
+        for layer in self.layers:
+            for i, name in enumerate(("k", "v")):
+                new = layer.fresh[i].index_select(0, fresh)
+                getattr(layer, name)[slots, :, :new.shape[2]] = new
+
+
+def _room(longest: int) -> int:
+    "A capacity for this many positions and half as many again, in whole steps."
+    return -(-longest * 3 // 2 // _STEP) * _STEP
 
 
 def _slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -168,7 +178,7 @@ def _slot_attention(module, query, key, value, attention_mask, scaling=None, **k
 
 AttentionInterface.register("minirl_slots", _slot_attention)
 
-# %% ../nbs/10_rollout.ipynb #73ef7b4f
+# %% ../nbs/10_rollout.ipynb #81bb693d
 class _Call:
     "One call of `TorchEngine.generate`: R requests, their results so far, and the slots that run."
 
@@ -200,18 +210,22 @@ class _Call:
 
     @property
     def stale(self) -> bool:
-        "Would admitting or retiring change an eighth of the slots?"
+        "Is it time to admit or retire? A quarter of the slots free while requests wait; an eighth finished when none does."
         if self.waiting == self.R: return self.dead >= max(1, len(self.request) // 8)
-        return self.engine.max_batch - (len(self.request) - self.dead) >= max(1, self.engine.max_batch // 8)
+        return self.engine.max_batch - (len(self.request) - self.dead) >= max(1, self.engine.max_batch // 4)
+
+    def retire(self):
+        "Drop finished rows: the batch shrinks."
+        keep = (self.request < self.R).nonzero()[:, 0]
+        self.request, self.position, self.age, self.logits = (x[keep] for x in (self.request, self.position, self.age, self.logits))
+        self.cache.rebuild(keep=keep)
+        self.dead = 0
 
     def admit(self, recorder):
-        "Drop finished rows and prefill waiting requests, as many as slots and one prefill hold. Responses of a prompt share its prefill."
-        keep = (self.request < self.R).nonzero()[:, 0]
-        n, e = self.sampling.n, self.engine
-        new = torch.arange(self.waiting, min(self.R, self.waiting + e.max_batch - len(keep)))
-        self.request, self.position, self.age, self.logits = (x[keep] for x in (self.request, self.position, self.age, self.logits))
-        self.dead = 0
-        if not len(new): return self.cache.rebuild(keep, None, 0)
+        "Prefill waiting requests, as many as slots and one prefill hold, into finished slots first; a prompt runs once for all its n."
+        n, e, d = self.sampling.n, self.engine, self.device
+        free = (self.request == self.R).nonzero()[:, 0]
+        new = torch.arange(self.waiting, min(self.R, self.waiting + e.max_batch - len(self.request) + len(free)))
         which = (new // n).unique()
         cost = self.sizes[which].cummax(0).values * torch.arange(1, len(which) + 1)
         which = which[:max(1, int((cost <= e.prefill_tokens).sum()))]
@@ -219,24 +233,26 @@ class _Call:
         sizes = self.sizes[which]
         ids = torch.full((len(which), int(sizes.max())), e.pad)
         for row, i in zip(ids, which.tolist()): row[:self.sizes[i]] = torch.as_tensor(self.prompts[i])
-        ids, member, rows = ids.to(self.device), (new // n - which[0]).to(self.device), new.to(self.device)
+        ids, member, rows = ids.to(d), (new // n - which[0]).to(d), new.to(d)
         P = ids.shape[1]
         self.cache.position = None
         # padding stands behind a prompt, where causal attention never looks: no mask is needed
-        hidden = self.base(input_ids=ids, position_ids=torch.arange(P, device=self.device)[None], past_key_values=self.cache,
+        hidden = self.base(input_ids=ids, position_ids=torch.arange(P, device=d)[None], past_key_values=self.cache,
                            use_cache=True).last_hidden_state
-        fresh = self.head(hidden[torch.arange(len(ids), device=self.device), sizes.to(self.device) - 1])[member]
+        logits = self.head(hidden[torch.arange(len(ids), device=d), sizes.to(d) - 1])
         self.tokens[rows, :P] = ids[member]
         if recorder:
             taken = recorder.pop(len(ids))
             if self.routes is None: self.routes = taken.new_zeros(self.R + 1, self.limit, *taken.shape[2:])
             self.routes[rows, :P] = taken[member]
-        longest = max(P, int(self.position.max()) if len(keep) else 0)
-        self.cache.rebuild(keep, member, longest + 1)
-        self.logits = torch.cat([self.logits, fresh]) if len(keep) else fresh
-        self.request = torch.cat([self.request, rows])
-        self.position = torch.cat([self.position, self.first[rows]])
-        self.age = torch.cat([self.age, torch.zeros_like(rows)])
+        if P > self.cache.capacity and len(self.request): self.cache.rebuild(_room(P))
+        slots, put = free[:len(new)], min(len(free), len(new))       # the first `put` requests take finished slots
+        if put: self.cache.refill(slots, member[:put])
+        if put < len(new): self.cache.rebuild(max(self.cache.capacity, _room(P)), fresh=member[put:])
+        if not len(self.request): self.logits = logits[:0]
+        for name, value in (("request", rows), ("position", self.first[rows]), ("age", torch.zeros_like(rows)), ("logits", logits[member])):
+            setattr(self, name, torch.cat([getattr(self, name).index_copy(0, slots, value[:put]), value[put:]]))
+        self.dead -= put
         self.waiting = int(new[-1]) + 1
 
     def sample(self):
@@ -274,7 +290,7 @@ class _Call:
             out.routes, out.routes_valid = self.routes[:R, :T].cpu(), t < length[:, None] - 1
         return out
 
-# %% ../nbs/10_rollout.ipynb #426bc596
+# %% ../nbs/10_rollout.ipynb #0d84b3c8
 class TorchEngine:
     """Rollouts with the Hugging Face model itself, on any device: finished responses retire, their slots are refilled.
 
@@ -330,7 +346,8 @@ class TorchEngine:
         with record(self.model) if self.routes else nullcontext() as recorder:
             while call.running:
                 if call.stale:
-                    call.admit(recorder)
+                    if call.waiting < call.R: call.admit(recorder)
+                    else: call.retire()
                     continue
                 call.sample()
                 if call.dead < len(call.request): call.feed(recorder)
