@@ -163,6 +163,14 @@ def test_ratio_stats_on_a_batch_that_is_its_distribution():
     assert s["f_2"] == 0.0 and ratio_stats(r.log() * 1.001, torch.ones(1, 4).bool())["f_2"] == 0.75
 
 
+def test_quantiles_are_order_statistics():
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    s = ratio_stats((order.double() + 1).log()[None], torch.ones(1, 1000).bool())      # the ratios 1 .. 1000
+    assert [round(s[k], 6) for k in ("min", "q01", "q99", "max")] == [1, 10, 990, 1000]
+    one = ratio_stats(torch.tensor([[0.5]]), torch.ones(1, 1).bool())
+    assert one["q01"] == one["q99"] == one["min"] == one["max"]
+
+
 def test_ratio_stats_at_extreme_ratios_and_without_tokens():
     n = 1000
     log_r = torch.zeros(1, n)
