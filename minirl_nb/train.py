@@ -778,7 +778,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def newest_checkpoint(folder: str | Path) -> Path | None:
     return (checkpoints(folder) or [None])[-1]
 
-# %% ../nbs/14_train.ipynb #21f68be6
+# %% ../nbs/14_train.ipynb #2ad0ea86
 @dataclass
 class RunResult:
     "What a finished run leaves: its folder, metrics, and evaluations by gradient step."
@@ -796,6 +796,12 @@ class RunResult:
         "Paired differences between the first and the last evaluation (`evaluate.paired_difference`)."
         first, last = min(self.evaluations), max(self.evaluations)
         return evaluate.paired_difference(self.evaluations[first][numerics], self.evaluations[last][numerics])
+
+    def summary(self) -> dict[str, Any]:
+        "What `result.json` holds: gradient steps, their seconds, and the paired differences under each numerics."
+        steps = self.steps()
+        return {"steps": steps[-1]["step"], "seconds": round(sum(r["seconds/step"] for r in steps), 1), "replay": self.replay,
+                **{k: [asdict(d) for d in self.differences(k).values()] for k in self.evaluations[max(self.evaluations)]}}
 
     def report(self) -> str:
         "What a run prints when it ends: accuracy before and after, paired differences with 95% intervals, and where its files are."
@@ -835,9 +841,12 @@ def train(config: RunConfig,
             report(run)
             if on_step: on_step(run)
     run.engine.close()
-    return RunResult(run.folder, run.rows, run.evaluations, plot_run(run.rows, run.folder / "figures" / "curves.png"), run.replay)
+    figure = plot_run(run.rows, run.folder / "figures" / "curves.png")
+    result = RunResult(run.folder, run.rows, run.evaluations, figure, run.replay)
+    write_atomically(run.folder / "result.json", json.dumps(result.summary(), indent=1) + "\n")
+    return result
 
-# %% ../nbs/14_train.ipynb #ffa34f4a
+# %% ../nbs/14_train.ipynb #6fbcc968
 def plot_run(rows: Sequence[dict],  # of metrics.jsonl
              path: str | Path | None = None,  # where to save the figure
             ):  # the path, or the figure if none was given
@@ -854,9 +863,10 @@ def plot_run(rows: Sequence[dict],  # of metrics.jsonl
                                (axes[3], "kl", r"KL($\mu_{old}$ || $\pi_{old}$), nats a token")):
             y = [r[key] for r in steps]
             ax.plot(x, y, color="0.75", lw=0.8)
-            ax.plot(x, _smooth(y), color="0.1", lw=1.5)
+            ax.plot(x, _smooth(y), color="0.1", lw=1.5, label="k1" if key == "kl" else None)
             ax.set(xlabel="gradient step", title=label)
-        if steps and all((r["kl"] or 0) > 0 for r in steps): axes[3].set_yscale("log")
+        axes[3].plot(x, _smooth([r["k3"] for r in steps]), ":", color="0.1", lw=1.5, label="k3")
+        axes[3].legend(fontsize=6)
         markers = iter("os^Dvx*P")
         for numerics, style in (("train", "-"), ("rollout", ":")):
             names = [k for k in (evaluations[0] if evaluations else {}) if k.startswith(f"accuracy/{numerics}/")]
@@ -864,7 +874,7 @@ def plot_run(rows: Sequence[dict],  # of metrics.jsonl
                 axes[1].plot([r["step"] for r in evaluations], [r[k] for r in evaluations], style, color=str(shade), marker=next(markers),
                              ms=4, label=k.split("/")[-1] + ("" if numerics == "train" else ", rollout"))
         axes[1].set(xlabel="gradient step", title="benchmark accuracy", ylim=(0, 1))
-        if axes[1].lines: axes[1].legend(fontsize=6)
+        if axes[1].lines: axes[1].legend(fontsize=6, ncols=2, loc="upper left")
     if path is None: return fig
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=160)
@@ -872,8 +882,8 @@ def plot_run(rows: Sequence[dict],  # of metrics.jsonl
     return Path(path)
 
 
-def _smooth(y: Sequence[float], share: float = 0.05) -> list[float]:
-    "Centred moving mean over 5% of the points."
+def _smooth(y: Sequence[float], share: float = 0.1) -> list[float]:
+    "Centred moving mean over a tenth of the points."
     half = int(len(y) * share / 2)
     return [float(np.mean(y[max(0, i - half):i + half + 1])) for i in range(len(y))]
 

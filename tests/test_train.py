@@ -230,6 +230,8 @@ def test_run_folder(finished, coldstart):
     moved = [float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), start.parameters())]
     assert max(moved) > 0 and len(AutoTokenizer.from_pretrained(newest)) == 16
     assert finished.figure.stat().st_size > 10_000
+    summary = json.loads((folder / "result.json").read_text())
+    assert summary["steps"] == 8 and [d["benchmark"] for d in summary["train"]] == ["easy", "medium", "hard", None]
     table = (folder / "samples" / "step_000004.md").read_text()
     assert table.startswith("| problem | answer | reward |") and table.count("\n") == 2 + 16
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")) and not list(folder.rglob("*.tmp"))
