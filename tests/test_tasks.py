@@ -245,7 +245,9 @@ def checker():
     (r"\frac{1}{2}", r"\boxed{0.5}", 1), ("0.5", r"\boxed{\frac12}", 1), ("72", "#### 72", 1), ("x^2-1", r"\boxed{(x-1)(x+1)}", 1),
     (r"$\sqrt{8}$", r"$2\sqrt{2}$", 1), ("7", r"First \boxed{3}, then \boxed{7}", 1), ("7", r"First \boxed{7}, then \boxed{3}", 0),
     (r"\{1,2\}", r"\boxed{1} and \boxed{2}", 1), ("7", "", 0), ("7", r"\boxed{", 0), ("7", "\x00\ud800", 0),
-    ("(1,2)", r"\boxed{(1, 2)}", 1), ("007", r"\boxed{7}", 1), ("7", r"\boxed{-7}", 0), ("-7", r"$\boxed{-7}$.", 1),
+    ("(1,2)", r"\boxed{(1, 2)}", 1), ("Evelyn", r"\boxed{Evelyn}", 1), ("$x + 1$", r"\boxed{x+1}", 1), ("7", r"\boxed{ }", 0),
+    ("7", r"\boxed{٧}", 1), ("12", r"\boxed{1 2}", 1), ("1" * 200, r"\boxed{" + "1" * 200 + "}", 1), ("7", r"\boxed{7.0}", 1),
+    ("007", r"\boxed{7}", 1), ("7", r"\boxed{-7}", 0), ("-7", r"$\boxed{-7}$.", 1),
     ("50\\%", r"\boxed{0.5}", 1), ("7", r"\boxed{7" + "}" * 3000, 1), ("7", r"\boxed{8}" + "x" * 10_000, 0)])
 def test_math_verdicts(checker, gold, text, expected):
     assert checker.check([("math", gold, text)]) == [expected]
