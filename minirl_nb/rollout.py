@@ -178,7 +178,7 @@ def _slot_attention(module, query, key, value, attention_mask, scaling=None, **k
 
 AttentionInterface.register("minirl_slots", _slot_attention)
 
-# %% ../nbs/10_rollout.ipynb #81bb693d
+# %% ../nbs/10_rollout.ipynb #8c3bfb29
 class _Call:
     "One call of `TorchEngine.generate`: R requests, their results so far, and the slots that run."
 
@@ -279,18 +279,18 @@ class _Call:
         self.position, self.age = p + alive, self.age + alive
 
     def rollout(self) -> Rollout:
+        "The results, copied: tensors made in inference mode could not be used in a forward that wants gradients."
         R, n = self.R, self.sampling.n
-        length = self.length[:R].cpu()
-        T = int(length.max())
-        t = torch.arange(T)
-        out = Rollout(tokens=self.tokens[:R, :T].cpu().masked_fill_(t >= length[:, None], self.engine.pad),
-                      logp_mu=self.logp[:R, :T].cpu(), prompt_length=self.first[:R].cpu(), length=length,
-                      group=torch.arange(R) // n, finished=self.finished[:R].cpu(), policy_version=self.engine.version)
-        if self.routes is not None:
-            out.routes, out.routes_valid = self.routes[:R, :T].cpu(), t < length[:, None] - 1
+        T = int(self.length[:R].max())
+        take = lambda x: x[:R, :T].to("cpu", copy=True) if x.ndim > 1 else x[:R].to("cpu", copy=True)
+        length, t = take(self.length), torch.arange(T)
+        out = Rollout(tokens=take(self.tokens).masked_fill_(t >= length[:, None], self.engine.pad), logp_mu=take(self.logp),
+                      prompt_length=take(self.first), length=length, group=torch.arange(R) // n, finished=take(self.finished),
+                      policy_version=self.engine.version)
+        if self.routes is not None: out.routes, out.routes_valid = take(self.routes), t < length[:, None] - 1
         return out
 
-# %% ../nbs/10_rollout.ipynb #0d84b3c8
+# %% ../nbs/10_rollout.ipynb #e7c054c4
 class TorchEngine:
     """Rollouts with the Hugging Face model itself, on any device: finished responses retire, their slots are refilled.
 
@@ -337,13 +337,12 @@ class TorchEngine:
         if self.window and limit > self.window:
             raise ValueError(f"{which}, beyond the sliding window of {self.window}: use the vLLM engine")
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """Sample `sampling.n` responses of each prompt (token ids).
 
         ValueError for no prompts, an empty one, or one that leaves no room; FloatingPointError where the model gives no finite numbers."""
-        call = _Call(self, prompts, sampling)
-        with record(self.model) if self.routes else nullcontext() as recorder:
+        with torch.inference_mode(), record(self.model) if self.routes else nullcontext() as recorder:
+            call = _Call(self, prompts, sampling)
             while call.running:
                 if call.stale:
                     if call.waiting < call.R: call.admit(recorder)

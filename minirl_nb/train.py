@@ -846,7 +846,7 @@ def train(config: RunConfig,
     write_atomically(run.folder / "result.json", json.dumps(result.summary(), indent=1) + "\n")
     return result
 
-# %% ../nbs/14_train.ipynb #6fbcc968
+# %% ../nbs/14_train.ipynb #f9f6ec9a
 def plot_run(rows: Sequence[dict],  # of metrics.jsonl
              path: str | Path | None = None,  # where to save the figure
             ):  # the path, or the figure if none was given
@@ -919,6 +919,9 @@ def reporting(run: Run) -> Iterator[Callable[[Run], None]]:
     if config.output.progress and _notebook():
         from IPython.display import display
         live = display(display_id=True)
+
+    if config.objective.replay == "auto":
+        bar.write(f"routing replay: auto took {run.replay} (N = {config.batch.updates})", file=sys.stderr)
 
     def report(run: Run):
         nonlocal sent, warned

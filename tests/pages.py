@@ -49,6 +49,8 @@ def cleaned(text):
     for cell in nb["cells"]:
         for output in cell.get("outputs", []):
             output.get("metadata", {}).clear()
+        if cell["cell_type"] == "code":        # progress bars and warnings of libraries are no part of a page
+            cell["outputs"] = [o for o in cell["outputs"] if not (o["output_type"] == "stream" and o.get("name") == "stderr")]
     return nb2str(nb)
 
 

@@ -65,6 +65,12 @@ def test_routes_are_those_of_a_forward_of_the_engine_itself(moe):
     assert r.routes_valid.sum() == (r.length - 1).sum()
 
 
+def test_a_rollout_can_be_trained_on_as_it_is(moe):
+    r = TorchEngine(moe, routes=True).generate(PROMPTS, Sampling(n=2, max_new_tokens=8))
+    token_logprobs(moe, r.tokens, r.response_mask)[0].sum().backward()
+    assert all(not getattr(r, n).is_inference() for n in ("tokens", "logp_mu", "routes", "length", "group", "finished", "prompt_length"))
+
+
 def test_end_token_is_in_the_response_and_cut_responses_are_not_finished(moe):
     r = validate(TorchEngine(moe).generate(PROMPTS, Sampling(n=16, max_new_tokens=12)))
     last = r.tokens[torch.arange(len(r)), r.length - 1]

@@ -207,7 +207,23 @@ def policy(rounds):
     return memory()
 
 
-SECTIONS = {f.__name__: f for f in (engine, step, replay, padding, trl, policy)}
+def verifier(rounds):
+    "Ordinary answers a second through the math-verify pool, two workers (more cases: python tests/bench/bench_tasks.py)."
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_tasks import ordinary
+
+    from minirl_nb.tasks import Pool
+
+    pool = Pool(workers=2)
+    while not pool.workers or not all(w.ready for w in pool.workers): pool.check(ordinary(200, seed=99))
+    requests = {"different problems": ordinary(1000, seed=1),
+                "groups of 16": [r for i in range(63) for r in ordinary(1, seed=1000 + i) * 16]}
+    seconds, _ = alternate({k: (lambda r=r: pool.check(r)) for k, r in requests.items()}, min(rounds, 2))
+    pool.close()
+    return [(f"math-verify in a pool of 2 processes, {k}", len(r) / seconds[k], "answers/s", ">= 500") for k, r in requests.items()]
+
+
+SECTIONS = {f.__name__: f for f in (engine, step, replay, padding, trl, policy, verifier)}
 
 
 def machine():
