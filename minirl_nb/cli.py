@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['USAGE', 'COMMANDS', 'EvaluateConfig', 'main']
 
-# %% ../nbs/17_cli.ipynb #7df19ac8
+# %% ../nbs/17_cli.ipynb #a8f4c1da
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/17_cli.ipynb #2bcfc014
+# %% ../nbs/17_cli.ipynb #45d5c1ff
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # read once, when torch is first imported
+
+
 USAGE = """usage: minirl COMMAND ...
 
   train [RECIPE] [--field value ...]      train a model; --resume goes on with a run that was stopped

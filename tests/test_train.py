@@ -402,8 +402,8 @@ def test_live_plot_in_a_notebook(tmp_path, coldstart):
     import nbformat
     from nbclient import NotebookClient
 
-    settings = {"model.path": str(coldstart), "output.folder": str(tmp_path / "run"), "steps": 2, "batch.prompts": 2, "rollout.responses": 2,
-                "rollout.max_new_tokens": 16, "evaluation.samples": 1, "threads": 1}
+    settings = {"model.path": str(coldstart), "output.folder": str(tmp_path / "run"), "steps": 2, "batch.prompts": 2,
+                "rollout.responses": 2, "rollout.max_new_tokens": 16, "evaluation.samples": 1, "threads": 1}
     code = f"from minirl_nb.train import load_config, train\nr = train(load_config(None, {settings!r}))"
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     NotebookClient(nb, timeout=300, kernel_name="python3").execute()
