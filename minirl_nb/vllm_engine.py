@@ -708,7 +708,7 @@ class VLLMEngine:
     @property
     def _name(self) -> str: return type(self._skeleton).__name__
 
-# %% ../nbs/11_vllm.ipynb #95fd1dd4
+# %% ../nbs/11_vllm.ipynb #45d58684
 def _value(text: Any) -> Any:
     "A recipe's options are text: numbers, True, None and the like become what they say."
     if not isinstance(text, str): return text
@@ -772,7 +772,8 @@ def _quiet():
     logger = logging.getLogger("vllm")
     level = logger.level
     if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR": logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    # a notebook's stdout is no file, which vLLM wants it to be
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.__stderr__ or sys.stderr):
         warnings.simplefilter("ignore")
         try: yield
         finally: logger.setLevel(level)

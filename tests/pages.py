@@ -6,6 +6,7 @@
     python tests/pages.py export --check      # does deleting the generated modules and exporting again change nothing?
     python tests/pages.py readme --check      # is README.md what nbs/index.ipynb gives?
     python tests/pages.py run [names]         # nbdev's test of each page, one process a page, stored outputs compared
+    python tests/pages.py run 11_vllm --flags vllm    # its cells that need vLLM too
 
 A cell whose output may differ between machines or runs (a time, a memory size) starts with the directive `#| volatile`:
 it is executed and its output is stored, but not compared. Text on stderr and pictures are never compared.
@@ -171,10 +172,10 @@ def _execute_here(path, result):
 
     nbdev.test.CaptureShell = KeepingShell
     raw = json.loads(path.read_text(encoding="utf-8"))
-    ok, seconds = nbdev.test.test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    skip = [f for f in get_config().tst_flags.split() if f not in os.environ.get("PAGES_FLAGS", "").split()]
+    ok, seconds = nbdev.test.test_nb(path, skip_flags=skip, basepath=ROOT)
     ran = json.loads(nb2str(kept[0]))["cells"] if kept else []
     fresh = {c["id"]: c.get("outputs", []) for c in ran if c["cell_type"] == "code"}
-    skip = tuple(get_config().tst_flags.split())
     for cell in raw["cells"]:
         if cell["cell_type"] == "code" and not _directives(cell) & set(skip):
             cell["outputs"] = fresh.get(cell["id"], [])
@@ -317,7 +318,9 @@ def main():
     parser.add_argument("names", nargs="*")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--flags", default="", help="run cells with these directives too, such as vllm, which are skipped otherwise")
     args = parser.parse_args()
+    if args.flags: os.environ["PAGES_FLAGS"] = args.flags
     if args.command == "clean":
         clean(args.names, args.check)
     elif args.command == "export":
