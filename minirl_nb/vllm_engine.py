@@ -339,7 +339,7 @@ def __getattr__(name: str) -> Any:
     if name not in globals(): raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals()[name]
 
-# %% ../nbs/11_vllm.ipynb #afba51b2
+# %% ../nbs/11_vllm.ipynb #f17b5238
 # tolerance of one matrix product against the same in float32, relative to the answer's root mean square; bfloat16: 2^-9 for each of the
 # answer's own rounding and, in experts, the intermediate's, times the largest of thousands of numbers (4 to 5 standard deviations)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -362,7 +362,7 @@ class VLLMEngine:
     max_batch: most responses that run at once (vLLM's max_num_seqs).
     dtype: of vLLM's weights; None takes the model's.
     process: run the engine in a process of its own, weights go through a file in shared memory; None does so only where this process
-        is one of several in a torch.distributed group.
+        is one of several in a torch.distributed group. Its batches depend on when requests arrive: results repeat to rounding only.
     verify: after each load, compare what every matrix makes of a random input with the trainer's.
     progress: a progress bar on stderr; None shows it from 1,000 requests on, if stderr is a terminal.
     options: any argument of `vllm.LLM` (tensor_parallel_size, gpu_memory_utilization, max_num_seqs, enable_prefix_caching, ...), as
