@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 pages: $(VENV)/.dev
 	$(BIN)/python tests/pages.py run $(PAGES)
-unit: $(VENV)/.dev
+unit: $(VENV)/.dev $(VENV)/.vllm
 	$(BIN)/python -m pytest
 
 # build one page from its text form: make page P=02_weights
