@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/17_cli.ipynb #45d5c1ff
+# %% ../nbs/17_cli.ipynb #18284cd9
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # read once, when torch is first imported
 
 
@@ -114,11 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from minirl_nb.rollout import ParityError
     from minirl_nb.train import TrainingError
+    from minirl_nb.vllm_engine import EngineError
 
     logging.disable_progress_bar()         # of loading and saving weights; the run has its own
     try: COMMANDS[name](rest)
-    except (ParityError, TrainingError, FloatingPointError) as e: return _fail(e, 1)
-    except (ValueError, FileNotFoundError, FileExistsError, NotImplementedError, ConnectionError, KeyError) as e: return _fail(e, 2)
+    except (ParityError, TrainingError, EngineError, FloatingPointError) as e: return _fail(e, 1)
+    except (ValueError, FileNotFoundError, FileExistsError, NotImplementedError, ConnectionError, ImportError, KeyError) as e:
+        return _fail(e, 2)
     except KeyboardInterrupt: return _fail("interrupted; the same command with --resume goes on from the newest checkpoint", 130)
     return 0
 

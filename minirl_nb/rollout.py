@@ -374,7 +374,7 @@ class TorchEngine:
         "Drop the model."
         self.model = None
 
-# %% ../nbs/10_rollout.ipynb #f9c6b1aa
+# %% ../nbs/10_rollout.ipynb #4d0faec6
 class ParityError(RuntimeError):
     "The rollout engine does not hold what the trainer gave it, or does not compute what it should."
 
@@ -438,6 +438,7 @@ def parity(engine: Engine,
     """Probe an engine after a transfer of weights. ParityError names the tensor, layer or quantity that is off."""
     inside = isinstance(engine, TorchEngine)
     if inside: compare_weights(engine, model)
+    elif hasattr(engine, "compare_weights"): engine.compare_weights(dict(model.named_parameters()))     # its own way to look inside
     r = engine.generate(prompts, sampling)
     mask = r.response_mask
     temperature = sampling.temperature or 1.0

@@ -778,7 +778,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def newest_checkpoint(folder: str | Path) -> Path | None:
     return (checkpoints(folder) or [None])[-1]
 
-# %% ../nbs/14_train.ipynb #2ad0ea86
+# %% ../nbs/14_train.ipynb #48790640
 @dataclass
 class RunResult:
     "What a finished run leaves: its folder, metrics, and evaluations by gradient step."
@@ -824,7 +824,7 @@ def train(config: RunConfig,
     Errors: what `check` says, before any work; `ParityError` where the engine does not hold the trainer's weights; `TrainingError`
     where a number is not finite."""
     run = Run(config)
-    with reporting(run) as report:
+    with contextlib.closing(run.engine), reporting(run) as report:       # whatever happens, the engine gives back what it holds
         if run.step == 0:
             run.probe()
             run.evaluate()
@@ -840,7 +840,6 @@ def train(config: RunConfig,
             if run.due(config.output.checkpoint_every) or run.step == config.steps: run.checkpoint()
             report(run)
             if on_step: on_step(run)
-    run.engine.close()
     figure = plot_run(run.rows, run.folder / "figures" / "curves.png")
     result = RunResult(run.folder, run.rows, run.evaluations, figure, run.replay)
     write_atomically(run.folder / "result.json", json.dumps(result.summary(), indent=1) + "\n")

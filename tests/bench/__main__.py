@@ -41,9 +41,10 @@ def alternate(sides, rounds, clock=time.process_time):
     best, result = dict.fromkeys(sides, float("inf")), {}
     for r in range(rounds + 1):                       # the first round warms up
         for name, f in sides.items():
-            t = clock()
-            result[name] = f()
-            if r: best[name] = min(best[name], clock() - t)
+            for _ in range(2):                        # twice in a row: the first pays for the caches that the other side left cold
+                t = clock()
+                result[name] = f()
+                if r: best[name] = min(best[name], clock() - t)
     return best, result
 
 
