@@ -206,7 +206,7 @@ def policy(rounds):
     "Peak memory above the inputs of log-probabilities at V = 151,936, T = 4,096, H = 256: chunked against log_softmax."
     from tests.bench.bench_policy import memory
 
-    return memory()
+    return [row for row in memory() if "live" in row[0] or "/" in row[0]]      # the others depend on what the process did before
 
 
 def verifier(rounds):
