@@ -27,21 +27,21 @@ demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 test: notebooks-clean exported readme-current lint pages unit
 
 notebooks-clean: $(VENV)/.dev
-	$(BIN)/python tests/pages.py clean --check
+	$(BIN)/python tools/pages.py clean --check
 exported: $(VENV)/.dev
-	$(BIN)/python tests/pages.py export --check
+	$(BIN)/python tools/pages.py export --check
 readme-current: $(VENV)/.dev
-	$(BIN)/python tests/pages.py readme --check
+	$(BIN)/python tools/pages.py readme --check
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 pages: $(VENV)/.dev
-	$(BIN)/python tests/pages.py run $(PAGES)
+	$(BIN)/python tools/pages.py run $(PAGES)
 unit: $(VENV)/.dev $(VENV)/.vllm
 	$(BIN)/python -m pytest
 
 # build one page from its text form: make page P=02_weights
 page: $(VENV)/.dev
-	$(BIN)/python tests/pages.py build $(P)
+	$(BIN)/python tools/pages.py build $(P)
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench $(ARGS)
 # TRL for the comparison, in an environment of its own

@@ -1,15 +1,15 @@
 """The pages' tool: build, check and export the notebooks. `make test` runs its checks, `make page` its builder.
 
-    python tests/pages.py text 02_weights     # write nbs/02_weights.py (percent format) to edit outside Jupyter
-    python tests/pages.py build 02_weights    # text (if any) -> notebook -> executed, outputs stored, cleaned, exported
-    python tests/pages.py clean --check       # are all notebooks clean, in nbdev's sense?
-    python tests/pages.py export --check      # does deleting the generated modules and exporting again change nothing?
-    python tests/pages.py readme --check      # is README.md what nbs/index.ipynb gives?
-    python tests/pages.py run [names]         # nbdev's test of each page, one process a page, stored outputs compared
-    python tests/pages.py run 11_vllm --flags vllm    # its cells that need vLLM too
+    python tools/pages.py text 02_weights     # write nbs/02_weights.py (percent format) to edit outside Jupyter
+    python tools/pages.py build 02_weights    # text (if any) -> notebook -> executed, outputs stored, cleaned, exported
+    python tools/pages.py clean --check       # are all notebooks clean, in nbdev's sense?
+    python tools/pages.py export --check      # does deleting the generated modules and exporting again change nothing?
+    python tools/pages.py readme --check      # is README.md what nbs/index.ipynb gives?
+    python tools/pages.py run [names]         # nbdev's test of each page, one process a page, stored outputs compared
+    python tools/pages.py run 11_vllm --flags vllm    # its cells that need vLLM too
 
-A cell whose output may differ between machines or runs (a time, a memory size) starts with the directive `#| volatile`:
-it is executed and its output is stored, but not compared. Text on stderr and pictures are never compared.
+How outputs are compared, and the directives that allow a difference, stand in `outputs.py`. Text on stderr and pictures are never
+compared.
 """
 import argparse
 import copy
@@ -24,6 +24,8 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from outputs import difference, directives
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT / "nbs", ROOT / "minirl_nb"
@@ -65,7 +67,7 @@ def clean(names, check):
             if not check:
                 path.write_text(after, encoding="utf-8")
     if check and dirty:
-        sys.exit(f"not clean: {', '.join(dirty)}; run `python tests/pages.py clean`")
+        sys.exit(f"not clean: {', '.join(dirty)}; run `python tools/pages.py clean`")
     print(f"clean: {len(notebooks(names))} notebooks, {len(dirty)} rewritten" if not check else "clean: all notebooks")
 
 
@@ -79,7 +81,7 @@ def _locked():
 
 
 def _generated():
-    return {p.name: p.read_bytes() for p in sorted(LIB.glob("*.py"))}
+    return {str(p.relative_to(LIB)): p.read_bytes() for p in sorted(LIB.rglob("*.py"))}
 
 
 def export(names=(), check=False):
@@ -99,23 +101,26 @@ def export(names=(), check=False):
             nb_export(path)
         if not names:
             # nbdev never deletes a module whose page is gone
-            kept = {"__init__.py", "_modidx.py"} | {f"{m}.py" for p in notebooks() if (m := default_exp(p))}
+            kept = {"_modidx.py"} | {name for p in notebooks() for name in exported_modules(p)}
             for name in set(_generated()) - kept:
-                (LIB / name).unlink()
+                if not name.endswith("__init__.py"):
+                    (LIB / name).unlink()
         (LIB / "_modidx.py").unlink(missing_ok=True)
         _build_modidx()
         after = _generated()
     if check and before != after:
         changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
-        sys.exit(f"the package is not what the notebooks export: {', '.join(changed)}; run `python tests/pages.py export`")
+        sys.exit(f"the package is not what the notebooks export: {', '.join(changed)}; run `python tools/pages.py export`")
     print(f"export: {len(after)} modules" + (", unchanged" if check else ""))
 
 
-def default_exp(path):
+def exported_modules(path):
+    """Files of the package that a page writes: its `default_exp`, and what `#| export MODULE` names in single cells."""
+    names = set()
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if m := re.search(r"^#\|\s*default_exp\s+(\S+)", "".join(cell["source"]), re.M):
-            return m.group(1)
-    return None
+        for name in re.findall(r"^#\|\s*(?:default_exp|exporti?)\s+([\w.]+)", "".join(cell["source"]), re.M):
+            names.add(name.replace(".", "/") + ".py")
+    return names
 
 
 # ---------------------------------------------------------------------------------------------- readme
@@ -130,7 +135,7 @@ def readme(check):
     process((NBS / "index.ipynb", out / "index.ipynb", FilterDefaults))     # what nbdev.serve.proc_nbs does with one page
     page = json.loads((out / "index.ipynb").read_text(encoding="utf-8"))
     for cell in page["cells"]:          # Quarto would leave the code of these out: keep what they show
-        if cell["cell_type"] == "code" and "echo" in _directives(cell):
+        if cell["cell_type"] == "code" and "echo" in directives(cell):
             shown = "\n".join("".join(o["data"]["text/markdown"]) for o in cell.pop("outputs") if "text/markdown" in o.get("data", {}))
             cell.update(cell_type="markdown", source=shown)
             cell.pop("execution_count", None)
@@ -144,12 +149,12 @@ def readme(check):
     text = re.sub(r"\n{3,}", "\n\n", text)
     # links are written from nbs/; the README stands one folder higher
     text = re.sub(r"\]\(\.\./", "](", re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text))
-    text = "<!-- Made from nbs/index.ipynb by `python tests/pages.py readme`; edit that page. -->\n\n" + text.strip() + "\n"
+    text = "<!-- Made from nbs/index.ipynb by `python tools/pages.py readme`; edit that page. -->\n\n" + text.strip() + "\n"
     shutil.rmtree(out, ignore_errors=True)
     target = ROOT / "README.md"
     same = target.exists() and target.read_text(encoding="utf-8") == text
     if check and not same:
-        sys.exit("README.md is not what nbs/index.ipynb gives; run `python tests/pages.py readme`")
+        sys.exit("README.md is not what nbs/index.ipynb gives; run `python tools/pages.py readme`")
     if not check:
         target.write_text(text, encoding="utf-8")
     print("readme: " + ("as nbs/index.ipynb gives it" if same else "rewritten"))
@@ -177,39 +182,19 @@ def _execute_here(path, result):
     ran = json.loads(nb2str(kept[0]))["cells"] if kept else []
     fresh = {c["id"]: c.get("outputs", []) for c in ran if c["cell_type"] == "code"}
     for cell in raw["cells"]:
-        if cell["cell_type"] == "code" and not _directives(cell) & set(skip):
+        if cell["cell_type"] == "code" and not directives(cell) & set(skip):
             cell["outputs"] = fresh.get(cell["id"], [])
     result.write_text(cleaned(json.dumps(raw)), encoding="utf-8")
     result.with_suffix(".seconds").write_text(f"{seconds:.1f}")
     sys.exit(0 if ok else 1)
 
 
-def _directives(cell):
-    return set(re.findall(r"^#\|\s*([\w-]+)", "".join(cell["source"]), re.M))
-
-
-def _printed(cell):
-    """What a reader sees of a code cell as text: stdout and text results, without addresses."""
-    parts = []
-    for o in cell.get("outputs", []):
-        if o["output_type"] == "stream" and o.get("name") == "stdout":
-            parts.append("".join(o["text"]))
-        elif o["output_type"] in ("execute_result", "display_data"):
-            data = o.get("data", {})
-            if not any(k.startswith("image/") for k in data):
-                parts.append("".join(data.get("text/markdown", data.get("text/plain", ""))))
-    return re.sub(r"0x[0-9a-f]{6,}", "0x", "\n".join(p.rstrip() for p in parts))
-
-
 def compare(stored, fresh):
     """Messages for the cells of `fresh` whose text is not the one that `stored` holds."""
     messages = []
     for i, (a, b) in enumerate(zip(stored["cells"], fresh["cells"], strict=True)):
-        if a["cell_type"] != "code" or "volatile" in _directives(a):
-            continue
-        before, after = _printed(a), _printed(b)
-        if before != after:
-            messages.append(f"cell {i} ({a['id']}):\n  stored:  {before[:1500]!r}\n  printed: {after[:1500]!r}")
+        if a["cell_type"] == "code" and (found := difference(a, b)):
+            messages.append(f"cell {i} ({a['id']}): {found}")
     return messages
 
 
@@ -267,7 +252,7 @@ def to_text(name):
     nb = jupytext.read(path)
     target = NBS / f"{name}.py"
     jupytext.write(nb, target, fmt="py:percent")
-    print(f"wrote {target.relative_to(ROOT)}; edit it, then `python tests/pages.py build {name}`")
+    print(f"wrote {target.relative_to(ROOT)}; edit it, then `python tools/pages.py build {name}`")
 
 
 def from_text(name):
