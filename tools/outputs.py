@@ -14,7 +14,7 @@ import re
 _BAND = re.compile(r"^#\|\s*within\b(.*)$", re.M)
 _TERM = re.compile(r"(?:(?P<share>\d+(?:\.\d+)?)%|x(?P<factor>\d+(?:\.\d+)?)|(?P<distance>\d*\.?\d+(?:e-?\d+)?))$")
 # A number, but not the digits of a name such as fp8, k3 or R2
-_NUMBER = re.compile(r"(?<![A-Za-z_\d.])[-+]?(?:\d[\d,]*\d|\d)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d+)?(?![A-Za-z_\d])"
+_NUMBER = re.compile(r"(?<![A-Za-z_\d.])[-+]?(?:\d[\d,]*\d|\d)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d+)?"
                      r"|(?<![A-Za-z_])[-+]?(?:nan|inf)(?![A-Za-z_])")
 
 
