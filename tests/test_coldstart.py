@@ -147,7 +147,24 @@ def test_collate():
     assert mask.int().tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
 
 
-def test_learning_rate():
-    c = ColdStartConfig(steps=110, warmup=10, lr=1.0)
-    assert [round(learning_rate(s, c), 3) for s in (0, 4, 9, 10, 60)] == [0.1, 0.5, 1.0, 1.0, 0.525]
-    assert 0.05 <= learning_rate(109, c) < 0.06
+def test_the_rate_of_a_cold_start():
+    rates = dict(lr=1.0, steps=110, warmup=10, parts=10, schedule="cosine", floor=0.05)
+    assert [round(learning_rate(s, **rates), 3) for s in (0, 4, 9, 10, 60)] == [0.1, 0.5, 1.0, 1.0, 0.525]
+    assert 0.05 <= learning_rate(109, **rates) < 0.06
+
+
+def test_the_shipped_rates_to_the_bit():
+    settings = json.loads((SHIPPED / "coldstart.json").read_text())
+    rates = {key: settings[key] for key in ("lr", "steps", "warmup")}
+    for row in map(json.loads, (SHIPPED / "metrics.jsonl").read_text().splitlines()):
+        assert row["lr"] == learning_rate(row["step"], **rates, parts=settings["warmup"], schedule="cosine", floor=0.05)
+
+
+@pytest.mark.parametrize("schedule, after", [
+    ("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.85355339, 0.5, 0.14644661])])
+def test_schedules_of_a_run(schedule, after):
+    rates = [learning_rate(s, lr=2.0, steps=7, warmup=3, schedule=schedule) for s in range(7)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, *(2 * x for x in after)], rel=1e-8)      # eight digits are written above
+    assert learning_rate(0, lr=2.0, steps=7, schedule=schedule) == 2.0
+    with pytest.raises(ValueError, match="schedule is 'step'; it must be constant, linear or cosine"):
+        learning_rate(3, lr=1.0, steps=4, schedule="step")
