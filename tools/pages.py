@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ from pathlib import Path
 from outputs import difference, directives
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, LIB = ROOT / "nbs", ROOT / "minirl_nb"
+NBS, LIB, PROC = ROOT / "nbs", ROOT / "minirl_nb", ROOT / "_proc"
+WIDTH = 100
 PAGE_TIMEOUT = 600  # seconds; a page takes about a minute, on a loaded machine more
 
 
@@ -39,6 +41,10 @@ def notebooks(names=()):
         if name not in found:
             sys.exit(f"no page nbs/{name}.ipynb; the pages are: {', '.join(found)}")
     return [found[n] for n in wanted]
+
+
+def notebook_cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
 # ---------------------------------------------------------------------------------------------- clean
@@ -75,13 +81,94 @@ def clean(names, check):
 @contextmanager
 def _locked():
     """One export at a time: they share `_modidx.py`."""
-    with open(ROOT / ".git" / "pages.lock" if (ROOT / ".git").is_dir() else ROOT / ".pages.lock", "w") as f:
+    PROC.mkdir(exist_ok=True)
+    with open(PROC / "export.lock", "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 
 def _generated():
     return {str(p.relative_to(LIB)): p.read_bytes() for p in sorted(LIB.rglob("*.py"))}
+
+
+def _wrapped(block, indent):
+    """A paragraph, or the items of a list, within `WIDTH` columns; the first line leaves room for `indent`."""
+    lines = []
+    for item in re.split(r"\n(?=[-*] |\d+\. )", block):
+        marker = re.match(r"[-*] |\d+\. |", item).group()
+        lines += textwrap.wrap(
+            " ".join(item.split()),
+            WIDTH,
+            initial_indent="" if lines else indent,
+            subsequent_indent=" " * len(marker),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines).removeprefix(indent)
+
+
+def docstring(source):
+    """The docstring of a module, from the first cell of its page.
+
+    That is the whole claim (every quoted line), then the paragraphs and lists below it up to the
+    first heading, table, block of code or displayed formula; links keep their words only.
+    """
+    body = re.sub(r"(?<!!)\[([^\]]+)\]\([^)]+\)", r"\1", source.partition("\n")[2].strip("\n"))
+    claim, blocks = [], []
+    for block in re.split(r"\n\s*\n", body):
+        if block.startswith(">"):  # a line without the sign goes on with the quotation, as in Markdown
+            claim.append(re.sub(r"^> ?", "", block, flags=re.M))
+        elif re.match(r"#|\||```|\$\$|!\[", block.strip()):
+            break
+        else:
+            blocks.append(block)
+    if not claim:
+        return ""
+    claim = [part for block in claim for part in re.split(r"\n\s*\n", block)]
+    if blocks and blocks[-1].rstrip().endswith(":"):  # it introduces what stands only on the page
+        del blocks[-1]
+    text = claim + blocks
+    opening = 'r"""' if any("\\" in block for block in text) else '"""'
+    text = "\n\n".join(_wrapped(block, "" if i else " " * len(opening)) for i, block in enumerate(text))
+    if '"""' in text:
+        sys.exit(f"a page's first cell becomes a docstring and cannot contain three quotes: {text!r}")
+    end = "\n" if "\n" in text or text.endswith('"') else ""
+    return f'{opening}{text}{end}"""\n\n'
+
+
+@contextmanager
+def _nbdev_docstrings():
+    """nbdev, but a module's docstring is the whole claim and `__all__` keeps to our width."""
+    import nbdev.maker as maker
+
+    kept = maker._retr_mdoc, maker.TextWrapper
+
+    def retrieved(cells):
+        first = next((c.source for c in cells if c.cell_type == "markdown"), "")
+        return docstring(first)
+
+    maker._retr_mdoc = retrieved
+    maker.TextWrapper = lambda width, **options: textwrap.TextWrapper(width=WIDTH, **options)
+    try:
+        yield
+    finally:
+        maker._retr_mdoc, maker.TextWrapper = kept
+
+
+def _write_package_files():
+    """Give each subpackage that no page writes an `__init__.py` which lists its modules."""
+    pages = {name: path for path in notebooks() for name in exported_modules(path)}
+    for folder in sorted({name.rpartition("/")[0] for name in pages} - {""}):
+        target = LIB / folder / "__init__.py"
+        if f"{folder}/__init__.py" in pages:
+            continue
+        lines = [f'"""The modules of `{folder.replace("/", ".")}`.', ""]
+        for name, path in sorted(pages.items(), key=lambda entry: entry[1].name):
+            if name.rpartition("/")[0] == folder:
+                title = "".join(notebook_cells(path)[0]["source"]).splitlines()[0].lstrip("# ")
+                lines.append(f"- `{Path(name).stem}`: {title} (page `{path.stem}`)")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("\n".join(lines + ['"""', ""]), encoding="utf-8")
 
 
 def export(names=(), check=False):
@@ -91,20 +178,24 @@ def export(names=(), check=False):
     from nbdev.doclinks import _build_modidx
     from nbdev.export import nb_export
 
-    with _locked():
+    with _locked(), _nbdev_docstrings():
         before = _generated()
         if check:
             for name in before:
                 (LIB / name).unlink()
-        add_init()
         for path in notebooks(names):
             nb_export(path)
+        add_init()
+        _write_package_files()
         if not names:
             # nbdev never deletes a module whose page is gone
-            kept = {"_modidx.py"} | {name for p in notebooks() for name in exported_modules(p)}
-            for name in set(_generated()) - kept:
-                if not name.endswith("__init__.py"):
-                    (LIB / name).unlink()
+            exported = {name for path in notebooks() for name in exported_modules(path)}
+            packages = {f"{name.rpartition('/')[0]}/__init__.py".lstrip("/") for name in exported}
+            for name in set(_generated()) - exported - packages - {"_modidx.py", "__init__.py"}:
+                (LIB / name).unlink()
+            for folder in [p for p in LIB.rglob("*") if p.is_dir() and p.name != "__pycache__"]:
+                if not [p for p in folder.rglob("*") if p.name != "__pycache__" and p.suffix != ".pyc"]:
+                    shutil.rmtree(folder)
         (LIB / "_modidx.py").unlink(missing_ok=True)
         _build_modidx()
         after = _generated()
@@ -117,8 +208,8 @@ def export(names=(), check=False):
 def exported_modules(path):
     """Files of the package that a page writes: its `default_exp`, and what `#| export MODULE` names in single cells."""
     names = set()
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        for name in re.findall(r"^#\|\s*(?:default_exp|exporti?)\s+([\w.]+)", "".join(cell["source"]), re.M):
+    for cell in notebook_cells(path):
+        for name in re.findall(r"^#\|\s*(?:default_exp|exporti?)[ \t]+([\w.]+)", "".join(cell["source"]), re.M):
             names.add(name.replace(".", "/") + ".py")
     return names
 
