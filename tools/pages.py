@@ -11,6 +11,7 @@
 How outputs are compared, and the directives that allow a difference, stand in `outputs.py`. Text on stderr and pictures are never
 compared.
 """
+
 import argparse
 import copy
 import fcntl
@@ -36,7 +37,9 @@ PAGE_TIMEOUT = 600  # seconds; a page takes about a minute, on a loaded machine 
 
 def notebooks(names=()):
     found = {p.stem: p for p in sorted(NBS.glob("*.ipynb"))}
-    wanted = [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in names] or list(found)
+    wanted = [
+        n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in names
+    ] or list(found)
     for name in wanted:
         if name not in found:
             sys.exit(f"no page nbs/{name}.ipynb; the pages are: {', '.join(found)}")
@@ -58,8 +61,14 @@ def cleaned(text):
     for cell in nb["cells"]:
         for output in cell.get("outputs", []):
             output.get("metadata", {}).clear()
-        if cell["cell_type"] == "code":        # progress bars and warnings of libraries are no part of a page
-            cell["outputs"] = [o for o in cell["outputs"] if not (o["output_type"] == "stream" and o.get("name") == "stderr")]
+        if (
+            cell["cell_type"] == "code"
+        ):  # progress bars and warnings of libraries are no part of a page
+            cell["outputs"] = [
+                o
+                for o in cell["outputs"]
+                if not (o["output_type"] == "stream" and o.get("name") == "stderr")
+            ]
     return nb2str(nb)
 
 
@@ -74,7 +83,11 @@ def clean(names, check):
                 path.write_text(after, encoding="utf-8")
     if check and dirty:
         sys.exit(f"not clean: {', '.join(dirty)}; run `python tools/pages.py clean`")
-    print(f"clean: {len(notebooks(names))} notebooks, {len(dirty)} rewritten" if not check else "clean: all notebooks")
+    print(
+        f"clean: {len(notebooks(names))} notebooks, {len(dirty)} rewritten"
+        if not check
+        else "clean: all notebooks"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -116,7 +129,9 @@ def docstring(source):
     body = re.sub(r"(?<!!)\[([^\]]+)\]\([^)]+\)", r"\1", source.partition("\n")[2].strip("\n"))
     claim, blocks = [], []
     for block in re.split(r"\n\s*\n", body):
-        if block.startswith(">"):  # a line without the sign goes on with the quotation, as in Markdown
+        if block.startswith(
+            ">"
+        ):  # a line without the sign goes on with the quotation, as in Markdown
             claim.append(re.sub(r"^> ?", "", block, flags=re.M))
         elif re.match(r"#|\||```|\$\$|!\[", block.strip()):
             break
@@ -129,9 +144,13 @@ def docstring(source):
         del blocks[-1]
     text = claim + blocks
     opening = 'r"""' if any("\\" in block for block in text) else '"""'
-    text = "\n\n".join(_wrapped(block, "" if i else " " * len(opening)) for i, block in enumerate(text))
+    text = "\n\n".join(
+        _wrapped(block, "" if i else " " * len(opening)) for i, block in enumerate(text)
+    )
     if '"""' in text:
-        sys.exit(f"a page's first cell becomes a docstring and cannot contain three quotes: {text!r}")
+        sys.exit(
+            f"a page's first cell becomes a docstring and cannot contain three quotes: {text!r}"
+        )
     end = "\n" if "\n" in text or text.endswith('"') else ""
     return f'{opening}{text}{end}"""\n\n'
 
@@ -194,14 +213,18 @@ def export(names=(), check=False):
             for name in set(_generated()) - exported - packages - {"_modidx.py", "__init__.py"}:
                 (LIB / name).unlink()
             for folder in [p for p in LIB.rglob("*") if p.is_dir() and p.name != "__pycache__"]:
-                if not [p for p in folder.rglob("*") if p.name != "__pycache__" and p.suffix != ".pyc"]:
+                if not [
+                    p for p in folder.rglob("*") if p.name != "__pycache__" and p.suffix != ".pyc"
+                ]:
                     shutil.rmtree(folder)
         (LIB / "_modidx.py").unlink(missing_ok=True)
         _build_modidx()
         after = _generated()
     if check and before != after:
         changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
-        sys.exit(f"the package is not what the notebooks export: {', '.join(changed)}; run `python tools/pages.py export`")
+        sys.exit(
+            f"the package is not what the notebooks export: {', '.join(changed)}; run `python tools/pages.py export`"
+        )
     print(f"export: {len(after)} modules" + (", unchanged" if check else ""))
 
 
@@ -209,7 +232,9 @@ def exported_modules(path):
     """Files of the package that a page writes: its `default_exp`, and what `#| export MODULE` names in single cells."""
     names = set()
     for cell in notebook_cells(path):
-        for name in re.findall(r"^#\|\s*(?:default_exp|exporti?)[ \t]+([\w.]+)", "".join(cell["source"]), re.M):
+        for name in re.findall(
+            r"^#\|\s*(?:default_exp|exporti?)[ \t]+([\w.]+)", "".join(cell["source"]), re.M
+        ):
             names.add(name.replace(".", "/") + ".py")
     return names
 
@@ -223,24 +248,52 @@ def readme(check):
 
     out = ROOT / "_proc" / "readme"
     out.mkdir(parents=True, exist_ok=True)
-    process((NBS / "index.ipynb", out / "index.ipynb", FilterDefaults))     # what nbdev.serve.proc_nbs does with one page
+    process(
+        (NBS / "index.ipynb", out / "index.ipynb", FilterDefaults)
+    )  # what nbdev.serve.proc_nbs does with one page
     page = json.loads((out / "index.ipynb").read_text(encoding="utf-8"))
-    for cell in page["cells"]:          # Quarto would leave the code of these out: keep what they show
+    for cell in page["cells"]:  # Quarto would leave the code of these out: keep what they show
         if cell["cell_type"] == "code" and "echo" in directives(cell):
-            shown = "\n".join("".join(o["data"]["text/markdown"]) for o in cell.pop("outputs") if "text/markdown" in o.get("data", {}))
+            shown = "\n".join(
+                "".join(o["data"]["text/markdown"])
+                for o in cell.pop("outputs")
+                if "text/markdown" in o.get("data", {})
+            )
             cell.update(cell_type="markdown", source=shown)
             cell.pop("execution_count", None)
     (out / "index.ipynb").write_text(json.dumps(page), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR",
-                    "--output-dir", str(out), "--output", "README", str(out / "index.ipynb")], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "nbconvert",
+            "--to",
+            "markdown",
+            "--log-level",
+            "ERROR",
+            "--output-dir",
+            str(out),
+            "--output",
+            "README",
+            str(out / "index.ipynb"),
+        ],
+        check=True,
+    )
     text = (out / "README.md").read_text(encoding="utf-8")
-    title = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"][0]["source"]     # nbdev makes front matter of it
+    title = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"][0][
+        "source"
+    ]  # nbdev makes front matter of it
     text = "".join(title) + "\n\n" + re.sub(r"^---\n.*?\n---\n", "", text, count=1, flags=re.S)
     text = text.replace("<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->", "")
     text = re.sub(r"\n{3,}", "\n\n", text)
     # links are written from nbs/; the README stands one folder higher
     text = re.sub(r"\]\(\.\./", "](", re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text))
-    text = "<!-- Made from nbs/index.ipynb by `python tools/pages.py readme`; edit that page. -->\n\n" + text.strip() + "\n"
+    text = (
+        "<!-- Made from nbs/index.ipynb by `python tools/pages.py readme`; edit that page. -->\n\n"
+        + text.strip()
+        + "\n"
+    )
     shutil.rmtree(out, ignore_errors=True)
     target = ROOT / "README.md"
     same = target.exists() and target.read_text(encoding="utf-8") == text
@@ -268,7 +321,11 @@ def _execute_here(path, result):
 
     nbdev.test.CaptureShell = KeepingShell
     raw = json.loads(path.read_text(encoding="utf-8"))
-    skip = [f for f in get_config().tst_flags.split() if f not in os.environ.get("PAGES_FLAGS", "").split()]
+    skip = [
+        f
+        for f in get_config().tst_flags.split()
+        if f not in os.environ.get("PAGES_FLAGS", "").split()
+    ]
     ok, seconds = nbdev.test.test_nb(path, skip_flags=skip, basepath=ROOT)
     ran = json.loads(nb2str(kept[0]))["cells"] if kept else []
     fresh = {c["id"]: c.get("outputs", []) for c in ran if c["cell_type"] == "code"}
@@ -293,8 +350,15 @@ def run(names, jobs, write=False):
     """Run pages, each in a process of its own with one thread, `jobs` at a time."""
     work = ROOT / "_proc" / f"pages-{os.getpid()}"
     work.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                        "PYTHONHASHSEED": "0", "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore::DeprecationWarning"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+        "MPLBACKEND": "agg",
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    }
     # the slowest pages first, so that two at a time end together; outputs' sizes stand in for a page's duration
     queue = sorted(notebooks(names), key=lambda p: -len(p.read_bytes()))
     running, failed, started = {}, [], time.time()
@@ -303,7 +367,12 @@ def run(names, jobs, write=False):
             path = queue.pop(0)
             result = work / path.name
             log = open(result.with_suffix(".out"), "w")
-            p = subprocess.Popen([sys.executable, __file__, "_execute", str(path), str(result)], env=env, stdout=log, stderr=log)
+            p = subprocess.Popen(
+                [sys.executable, __file__, "_execute", str(path), str(result)],
+                env=env,
+                stdout=log,
+                stderr=log,
+            )
             running[p] = (path, result, time.time())
         time.sleep(0.05)
         for p in list(running):
@@ -324,7 +393,9 @@ def run(names, jobs, write=False):
                 path.write_text(result.read_text(encoding="utf-8"), encoding="utf-8")
             else:
                 problems += compare(json.loads(path.read_text()), json.loads(result.read_text()))
-            print(f"  {'ok  ' if not problems else 'FAIL'} {path.name}  {seconds:.0f} s", flush=True)
+            print(
+                f"  {'ok  ' if not problems else 'FAIL'} {path.name}  {seconds:.0f} s", flush=True
+            )
             for m in problems:
                 print("    " + m.replace("\n", "\n    "), flush=True)
             if problems:
@@ -359,7 +430,11 @@ def from_text(name):
     cells, seen = [], set()
     for c in new.cells:
         text = c["source"]
-        cell = copy.deepcopy(old[text].pop(0)) if old.get(text) else {"cell_type": c["cell_type"], "metadata": {}, "source": text}
+        cell = (
+            copy.deepcopy(old[text].pop(0))
+            if old.get(text)
+            else {"cell_type": c["cell_type"], "metadata": {}, "source": text}
+        )
         if c["cell_type"] == "code":
             cell.setdefault("outputs", [])
             cell.setdefault("execution_count", None)
@@ -370,8 +445,14 @@ def from_text(name):
             cell["id"] = i
         seen.add(cell["id"])
         cells.append(cell)
-    nb = {"cells": cells, "nbformat": 4, "nbformat_minor": 5,
-          "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}}
+    nb = {
+        "cells": cells,
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {
+            "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}
+        },
+    }
     target.write_text(cleaned(json.dumps(nb)), encoding="utf-8")
 
 
@@ -379,24 +460,40 @@ def build(names, jobs):
     for name in names:
         if (NBS / f"{name}.py").exists():
             from_text(name)
-    export(names)   # first, so that a page can import what it exports
+    export(names)  # first, so that a page can import what it exports
     run(names, jobs, write=True)
     for path in notebooks(names):
         size = path.stat().st_size / 1000
         cells = json.loads(path.read_text())["cells"]
-        long = [i for i, c in enumerate(cells) if c["cell_type"] == "code" and len("".join(c["source"]).splitlines()) > 40]
-        print(f"{path.name}: {len(cells)} cells, {size:.0f} kB" + (f", long cells {long}" if long else ""))
+        long = [
+            i
+            for i, c in enumerate(cells)
+            if c["cell_type"] == "code" and len("".join(c["source"]).splitlines()) > 40
+        ]
+        print(
+            f"{path.name}: {len(cells)} cells, {size:.0f} kB"
+            + (f", long cells {long}" if long else "")
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["clean", "export", "readme", "run", "text", "build", "_execute"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "command", choices=["clean", "export", "readme", "run", "text", "build", "_execute"]
+    )
     parser.add_argument("names", nargs="*")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--flags", default="", help="run cells with these directives too, such as vllm, which are skipped otherwise")
+    parser.add_argument(
+        "--flags",
+        default="",
+        help="run cells with these directives too, such as vllm, which are skipped otherwise",
+    )
     args = parser.parse_args()
-    if args.flags: os.environ["PAGES_FLAGS"] = args.flags
+    if args.flags:
+        os.environ["PAGES_FLAGS"] = args.flags
     if args.command == "clean":
         clean(args.names, args.check)
     elif args.command == "export":
@@ -409,7 +506,10 @@ def main():
         for name in args.names:
             to_text(name.removesuffix(".ipynb").removeprefix("nbs/"))
     elif args.command == "build":
-        build([n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names], args.jobs)
+        build(
+            [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names],
+            args.jobs,
+        )
     else:
         _execute_here(Path(args.names[0]), Path(args.names[1]))
 
