@@ -9,13 +9,22 @@ A cell without a directive is compared as text. `#| volatile` is not compared. B
 The words of such a cell must be equal, and each number must lie in the band around the stored one. A band is a share (`5%`), an
 absolute distance (`0.02`) or a factor (`x3`); with several, one of them has to hold. The reason behind the colon is required.
 """
+
 import re
 
 _BAND = re.compile(r"^#\|\s*within\b(.*)$", re.M)
-_TERM = re.compile(r"(?:(?P<share>\d+(?:\.\d+)?)%|x(?P<factor>\d+(?:\.\d+)?)|(?P<distance>\d*\.?\d+(?:e-?\d+)?))$")
-# A number, but not the digits of a name such as fp8, k3 or R2
-_NUMBER = re.compile(r"(?<![A-Za-z_\d.])[-+]?(?:\d[\d,]*\d|\d)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d+)?"
-                     r"|(?<![A-Za-z_])[-+]?(?:nan|inf)(?![A-Za-z_])")
+_TERM = re.compile(
+    r"(?:(?P<share>\d+(?:\.\d+)?)%|x(?P<factor>\d+(?:\.\d+)?)|(?P<distance>\d*\.?\d+(?:e-?\d+)?))$"
+)
+# A number, but not the digits of a name such as fp8, k3 or R2. A point that ends a sentence, or that
+# torch prints behind a whole number, is taken along, so that it makes no difference.
+_NUMBER = re.compile(
+    r"""(?<![A-Za-z_\d.])
+        (?P<number>[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)(?:\.(?!\w))?
+      | (?<![A-Za-z_])(?P<special>[-+]?(?:nan|inf))(?![A-Za-z_\d])""",
+    re.X,
+)
+_PLACE = "\N{REPLACEMENT CHARACTER}"  # stands for a number among the words
 
 
 def directives(cell):
@@ -24,19 +33,29 @@ def directives(cell):
 
 
 def band(cell):
-    """The band of a cell as a list of (kind, size), or None. ValueError for a directive that is misspelt or gives no reason."""
-    found = _BAND.search("".join(cell["source"]))
-    if found is None:
+    """The band of a cell as a list of (kind, size), or None.
+
+    Raises ValueError for a directive that is misspelt, gives no reason or stands twice.
+    """
+    found = list(_BAND.finditer("".join(cell["source"])))
+    if not found:
         return None
-    terms, colon, reason = found.group(1).partition(":")
+    if len(found) > 1:
+        raise ValueError(f"{found[1].group(0)!r} is the cell's second band; write one line")
+    line = found[0].group(0)
+    terms, colon, reason = found[0].group(1).partition(":")
     if not colon or len(reason.split()) < 3:
-        raise ValueError(f"{found.group(0)!r} needs a reason after a colon")
+        raise ValueError(f"{line!r} needs a reason after a colon")
+    terms = [term.strip() for term in terms.split(",")]
     band = []
-    for term in terms.split(","):
-        match = _TERM.match(term.strip())
+    for term in terms:
+        match = _TERM.match(term)
         if match is None:
-            raise ValueError(f"{found.group(0)!r}: {term.strip()!r} is no band; write 5%, 0.02 or x3")
-        band += [(kind, float(size)) for kind, size in match.groupdict().items() if size is not None]
+            raise ValueError(f"{line!r}: {term!r} is no band; write 5%, 0.02 or x3")
+        kind, size = next((k, float(v)) for k, v in match.groupdict().items() if v is not None)
+        if kind == "factor" and size < 1:
+            raise ValueError(f"{line!r}: a factor is at least 1, not {size:g}")
+        band.append((kind, size))
     return band
 
 
@@ -54,12 +73,12 @@ def printed(cell):
 
 
 def numbers(text):
-    "The numbers in a text, and the text with `#` in their places and white space folded: its words."
+    """The words of a text and its numbers: the text with a sign in each number's place, white space folded, and the numbers."""
     found = []
 
     def take(match):
-        found.append(float(match.group().replace(",", "")))
-        return "#"
+        found.append(float((match["number"] or match["special"]).replace(",", "")))
+        return _PLACE
 
     words = _NUMBER.sub(take, text)
     # columns are as wide as their widest number, and so are the rules under their heads
@@ -94,7 +113,11 @@ def difference(stored, fresh):
     if allowed is not None:
         (words, old), (new_words, new) = numbers(before), numbers(after)
         if words == new_words:
-            outside = [f"{a:g} became {b:g}" for a, b in zip(old, new, strict=True) if not close(a, b, allowed)]
+            outside = [
+                f"{a:g} became {b:g}"
+                for a, b in zip(old, new, strict=True)
+                if not close(a, b, allowed)
+            ]
             if not outside:
                 return None
             return f"outside its band: {'; '.join(outside[:8])}\n  printed: {after[:1500]!r}"

@@ -11,6 +11,7 @@
 How outputs are compared, and the directives that allow a difference, stand in `outputs.py`. Text on stderr and pictures are never
 compared.
 """
+
 import argparse
 import copy
 import fcntl
@@ -21,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,17 +30,24 @@ from pathlib import Path
 from outputs import difference, directives
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, LIB = ROOT / "nbs", ROOT / "minirl_nb"
+NBS, LIB, PROC = ROOT / "nbs", ROOT / "minirl_nb", ROOT / "_proc"
+WIDTH = 100
 PAGE_TIMEOUT = 600  # seconds; a page takes about a minute, on a loaded machine more
 
 
 def notebooks(names=()):
     found = {p.stem: p for p in sorted(NBS.glob("*.ipynb"))}
-    wanted = [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in names] or list(found)
+    wanted = [
+        n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in names
+    ] or list(found)
     for name in wanted:
         if name not in found:
             sys.exit(f"no page nbs/{name}.ipynb; the pages are: {', '.join(found)}")
     return [found[n] for n in wanted]
+
+
+def notebook_cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
 # ---------------------------------------------------------------------------------------------- clean
@@ -52,8 +61,14 @@ def cleaned(text):
     for cell in nb["cells"]:
         for output in cell.get("outputs", []):
             output.get("metadata", {}).clear()
-        if cell["cell_type"] == "code":        # progress bars and warnings of libraries are no part of a page
-            cell["outputs"] = [o for o in cell["outputs"] if not (o["output_type"] == "stream" and o.get("name") == "stderr")]
+        if (
+            cell["cell_type"] == "code"
+        ):  # progress bars and warnings of libraries are no part of a page
+            cell["outputs"] = [
+                o
+                for o in cell["outputs"]
+                if not (o["output_type"] == "stream" and o.get("name") == "stderr")
+            ]
     return nb2str(nb)
 
 
@@ -68,20 +83,111 @@ def clean(names, check):
                 path.write_text(after, encoding="utf-8")
     if check and dirty:
         sys.exit(f"not clean: {', '.join(dirty)}; run `python tools/pages.py clean`")
-    print(f"clean: {len(notebooks(names))} notebooks, {len(dirty)} rewritten" if not check else "clean: all notebooks")
+    print(
+        f"clean: {len(notebooks(names))} notebooks, {len(dirty)} rewritten"
+        if not check
+        else "clean: all notebooks"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- export
 @contextmanager
 def _locked():
     """One export at a time: they share `_modidx.py`."""
-    with open(ROOT / ".git" / "pages.lock" if (ROOT / ".git").is_dir() else ROOT / ".pages.lock", "w") as f:
+    PROC.mkdir(exist_ok=True)
+    with open(PROC / "export.lock", "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 
 def _generated():
     return {str(p.relative_to(LIB)): p.read_bytes() for p in sorted(LIB.rglob("*.py"))}
+
+
+def _wrapped(block, indent):
+    """A paragraph, or the items of a list, within `WIDTH` columns; the first line leaves room for `indent`."""
+    lines = []
+    for item in re.split(r"\n(?=[-*] |\d+\. )", block):
+        marker = re.match(r"[-*] |\d+\. |", item).group()
+        lines += textwrap.wrap(
+            " ".join(item.split()),
+            WIDTH,
+            initial_indent="" if lines else indent,
+            subsequent_indent=" " * len(marker),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines).removeprefix(indent)
+
+
+def docstring(source):
+    """The docstring of a module, from the first cell of its page.
+
+    That is the whole claim (every quoted line), then the paragraphs and lists below it up to the
+    first heading, table, block of code or displayed formula; links keep their words only.
+    """
+    body = re.sub(r"(?<!!)\[([^\]]+)\]\([^)]+\)", r"\1", source.partition("\n")[2].strip("\n"))
+    claim, blocks = [], []
+    for block in re.split(r"\n\s*\n", body):
+        if block.startswith(
+            ">"
+        ):  # a line without the sign goes on with the quotation, as in Markdown
+            claim.append(re.sub(r"^> ?", "", block, flags=re.M))
+        elif re.match(r"#|\||```|\$\$|!\[", block.strip()):
+            break
+        else:
+            blocks.append(block)
+    if not claim:
+        return ""
+    claim = [part for block in claim for part in re.split(r"\n\s*\n", block)]
+    if blocks and blocks[-1].rstrip().endswith(":"):  # it introduces what stands only on the page
+        del blocks[-1]
+    text = claim + blocks
+    opening = 'r"""' if any("\\" in block for block in text) else '"""'
+    text = "\n\n".join(
+        _wrapped(block, "" if i else " " * len(opening)) for i, block in enumerate(text)
+    )
+    if '"""' in text:
+        sys.exit(
+            f"a page's first cell becomes a docstring and cannot contain three quotes: {text!r}"
+        )
+    end = "\n" if "\n" in text or text.endswith('"') else ""
+    return f'{opening}{text}{end}"""\n\n'
+
+
+@contextmanager
+def _nbdev_docstrings():
+    """nbdev, but a module's docstring is the whole claim and `__all__` keeps to our width."""
+    import nbdev.maker as maker
+
+    kept = maker._retr_mdoc, maker.TextWrapper
+
+    def retrieved(cells):
+        first = next((c.source for c in cells if c.cell_type == "markdown"), "")
+        return docstring(first)
+
+    maker._retr_mdoc = retrieved
+    maker.TextWrapper = lambda width, **options: textwrap.TextWrapper(width=WIDTH, **options)
+    try:
+        yield
+    finally:
+        maker._retr_mdoc, maker.TextWrapper = kept
+
+
+def _write_package_files():
+    """Give each subpackage that no page writes an `__init__.py` which lists its modules."""
+    pages = {name: path for path in notebooks() for name in exported_modules(path)}
+    for folder in sorted({name.rpartition("/")[0] for name in pages} - {""}):
+        target = LIB / folder / "__init__.py"
+        if f"{folder}/__init__.py" in pages:
+            continue
+        lines = [f'"""The modules of `{folder.replace("/", ".")}`.', ""]
+        for name, path in sorted(pages.items(), key=lambda entry: entry[1].name):
+            if name.rpartition("/")[0] == folder:
+                title = "".join(notebook_cells(path)[0]["source"]).splitlines()[0].lstrip("# ")
+                lines.append(f"- `{Path(name).stem}`: {title} (page `{path.stem}`)")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("\n".join(lines + ['"""', ""]), encoding="utf-8")
 
 
 def export(names=(), check=False):
@@ -91,34 +197,44 @@ def export(names=(), check=False):
     from nbdev.doclinks import _build_modidx
     from nbdev.export import nb_export
 
-    with _locked():
+    with _locked(), _nbdev_docstrings():
         before = _generated()
         if check:
             for name in before:
                 (LIB / name).unlink()
-        add_init()
         for path in notebooks(names):
             nb_export(path)
+        add_init()
+        _write_package_files()
         if not names:
             # nbdev never deletes a module whose page is gone
-            kept = {"_modidx.py"} | {name for p in notebooks() for name in exported_modules(p)}
-            for name in set(_generated()) - kept:
-                if not name.endswith("__init__.py"):
-                    (LIB / name).unlink()
+            exported = {name for path in notebooks() for name in exported_modules(path)}
+            packages = {f"{name.rpartition('/')[0]}/__init__.py".lstrip("/") for name in exported}
+            for name in set(_generated()) - exported - packages - {"_modidx.py", "__init__.py"}:
+                (LIB / name).unlink()
+            for folder in [p for p in LIB.rglob("*") if p.is_dir() and p.name != "__pycache__"]:
+                if not [
+                    p for p in folder.rglob("*") if p.name != "__pycache__" and p.suffix != ".pyc"
+                ]:
+                    shutil.rmtree(folder)
         (LIB / "_modidx.py").unlink(missing_ok=True)
         _build_modidx()
         after = _generated()
     if check and before != after:
         changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
-        sys.exit(f"the package is not what the notebooks export: {', '.join(changed)}; run `python tools/pages.py export`")
+        sys.exit(
+            f"the package is not what the notebooks export: {', '.join(changed)}; run `python tools/pages.py export`"
+        )
     print(f"export: {len(after)} modules" + (", unchanged" if check else ""))
 
 
 def exported_modules(path):
     """Files of the package that a page writes: its `default_exp`, and what `#| export MODULE` names in single cells."""
     names = set()
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        for name in re.findall(r"^#\|\s*(?:default_exp|exporti?)\s+([\w.]+)", "".join(cell["source"]), re.M):
+    for cell in notebook_cells(path):
+        for name in re.findall(
+            r"^#\|\s*(?:default_exp|exporti?)[ \t]+([\w.]+)", "".join(cell["source"]), re.M
+        ):
             names.add(name.replace(".", "/") + ".py")
     return names
 
@@ -132,24 +248,52 @@ def readme(check):
 
     out = ROOT / "_proc" / "readme"
     out.mkdir(parents=True, exist_ok=True)
-    process((NBS / "index.ipynb", out / "index.ipynb", FilterDefaults))     # what nbdev.serve.proc_nbs does with one page
+    process(
+        (NBS / "index.ipynb", out / "index.ipynb", FilterDefaults)
+    )  # what nbdev.serve.proc_nbs does with one page
     page = json.loads((out / "index.ipynb").read_text(encoding="utf-8"))
-    for cell in page["cells"]:          # Quarto would leave the code of these out: keep what they show
+    for cell in page["cells"]:  # Quarto would leave the code of these out: keep what they show
         if cell["cell_type"] == "code" and "echo" in directives(cell):
-            shown = "\n".join("".join(o["data"]["text/markdown"]) for o in cell.pop("outputs") if "text/markdown" in o.get("data", {}))
+            shown = "\n".join(
+                "".join(o["data"]["text/markdown"])
+                for o in cell.pop("outputs")
+                if "text/markdown" in o.get("data", {})
+            )
             cell.update(cell_type="markdown", source=shown)
             cell.pop("execution_count", None)
     (out / "index.ipynb").write_text(json.dumps(page), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR",
-                    "--output-dir", str(out), "--output", "README", str(out / "index.ipynb")], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "nbconvert",
+            "--to",
+            "markdown",
+            "--log-level",
+            "ERROR",
+            "--output-dir",
+            str(out),
+            "--output",
+            "README",
+            str(out / "index.ipynb"),
+        ],
+        check=True,
+    )
     text = (out / "README.md").read_text(encoding="utf-8")
-    title = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"][0]["source"]     # nbdev makes front matter of it
+    title = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"][0][
+        "source"
+    ]  # nbdev makes front matter of it
     text = "".join(title) + "\n\n" + re.sub(r"^---\n.*?\n---\n", "", text, count=1, flags=re.S)
     text = text.replace("<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->", "")
     text = re.sub(r"\n{3,}", "\n\n", text)
     # links are written from nbs/; the README stands one folder higher
     text = re.sub(r"\]\(\.\./", "](", re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text))
-    text = "<!-- Made from nbs/index.ipynb by `python tools/pages.py readme`; edit that page. -->\n\n" + text.strip() + "\n"
+    text = (
+        "<!-- Made from nbs/index.ipynb by `python tools/pages.py readme`; edit that page. -->\n\n"
+        + text.strip()
+        + "\n"
+    )
     shutil.rmtree(out, ignore_errors=True)
     target = ROOT / "README.md"
     same = target.exists() and target.read_text(encoding="utf-8") == text
@@ -177,7 +321,11 @@ def _execute_here(path, result):
 
     nbdev.test.CaptureShell = KeepingShell
     raw = json.loads(path.read_text(encoding="utf-8"))
-    skip = [f for f in get_config().tst_flags.split() if f not in os.environ.get("PAGES_FLAGS", "").split()]
+    skip = [
+        f
+        for f in get_config().tst_flags.split()
+        if f not in os.environ.get("PAGES_FLAGS", "").split()
+    ]
     ok, seconds = nbdev.test.test_nb(path, skip_flags=skip, basepath=ROOT)
     ran = json.loads(nb2str(kept[0]))["cells"] if kept else []
     fresh = {c["id"]: c.get("outputs", []) for c in ran if c["cell_type"] == "code"}
@@ -202,8 +350,15 @@ def run(names, jobs, write=False):
     """Run pages, each in a process of its own with one thread, `jobs` at a time."""
     work = ROOT / "_proc" / f"pages-{os.getpid()}"
     work.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                        "PYTHONHASHSEED": "0", "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore::DeprecationWarning"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+        "MPLBACKEND": "agg",
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    }
     # the slowest pages first, so that two at a time end together; outputs' sizes stand in for a page's duration
     queue = sorted(notebooks(names), key=lambda p: -len(p.read_bytes()))
     running, failed, started = {}, [], time.time()
@@ -212,7 +367,12 @@ def run(names, jobs, write=False):
             path = queue.pop(0)
             result = work / path.name
             log = open(result.with_suffix(".out"), "w")
-            p = subprocess.Popen([sys.executable, __file__, "_execute", str(path), str(result)], env=env, stdout=log, stderr=log)
+            p = subprocess.Popen(
+                [sys.executable, __file__, "_execute", str(path), str(result)],
+                env=env,
+                stdout=log,
+                stderr=log,
+            )
             running[p] = (path, result, time.time())
         time.sleep(0.05)
         for p in list(running):
@@ -233,7 +393,9 @@ def run(names, jobs, write=False):
                 path.write_text(result.read_text(encoding="utf-8"), encoding="utf-8")
             else:
                 problems += compare(json.loads(path.read_text()), json.loads(result.read_text()))
-            print(f"  {'ok  ' if not problems else 'FAIL'} {path.name}  {seconds:.0f} s", flush=True)
+            print(
+                f"  {'ok  ' if not problems else 'FAIL'} {path.name}  {seconds:.0f} s", flush=True
+            )
             for m in problems:
                 print("    " + m.replace("\n", "\n    "), flush=True)
             if problems:
@@ -268,7 +430,11 @@ def from_text(name):
     cells, seen = [], set()
     for c in new.cells:
         text = c["source"]
-        cell = copy.deepcopy(old[text].pop(0)) if old.get(text) else {"cell_type": c["cell_type"], "metadata": {}, "source": text}
+        cell = (
+            copy.deepcopy(old[text].pop(0))
+            if old.get(text)
+            else {"cell_type": c["cell_type"], "metadata": {}, "source": text}
+        )
         if c["cell_type"] == "code":
             cell.setdefault("outputs", [])
             cell.setdefault("execution_count", None)
@@ -279,8 +445,14 @@ def from_text(name):
             cell["id"] = i
         seen.add(cell["id"])
         cells.append(cell)
-    nb = {"cells": cells, "nbformat": 4, "nbformat_minor": 5,
-          "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}}
+    nb = {
+        "cells": cells,
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {
+            "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}
+        },
+    }
     target.write_text(cleaned(json.dumps(nb)), encoding="utf-8")
 
 
@@ -288,24 +460,40 @@ def build(names, jobs):
     for name in names:
         if (NBS / f"{name}.py").exists():
             from_text(name)
-    export(names)   # first, so that a page can import what it exports
+    export(names)  # first, so that a page can import what it exports
     run(names, jobs, write=True)
     for path in notebooks(names):
         size = path.stat().st_size / 1000
         cells = json.loads(path.read_text())["cells"]
-        long = [i for i, c in enumerate(cells) if c["cell_type"] == "code" and len("".join(c["source"]).splitlines()) > 40]
-        print(f"{path.name}: {len(cells)} cells, {size:.0f} kB" + (f", long cells {long}" if long else ""))
+        long = [
+            i
+            for i, c in enumerate(cells)
+            if c["cell_type"] == "code" and len("".join(c["source"]).splitlines()) > 40
+        ]
+        print(
+            f"{path.name}: {len(cells)} cells, {size:.0f} kB"
+            + (f", long cells {long}" if long else "")
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["clean", "export", "readme", "run", "text", "build", "_execute"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "command", choices=["clean", "export", "readme", "run", "text", "build", "_execute"]
+    )
     parser.add_argument("names", nargs="*")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--flags", default="", help="run cells with these directives too, such as vllm, which are skipped otherwise")
+    parser.add_argument(
+        "--flags",
+        default="",
+        help="run cells with these directives too, such as vllm, which are skipped otherwise",
+    )
     args = parser.parse_args()
-    if args.flags: os.environ["PAGES_FLAGS"] = args.flags
+    if args.flags:
+        os.environ["PAGES_FLAGS"] = args.flags
     if args.command == "clean":
         clean(args.names, args.check)
     elif args.command == "export":
@@ -318,7 +506,10 @@ def main():
         for name in args.names:
             to_text(name.removesuffix(".ipynb").removeprefix("nbs/"))
     elif args.command == "build":
-        build([n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names], args.jobs)
+        build(
+            [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names],
+            args.jobs,
+        )
     else:
         _execute_here(Path(args.names[0]), Path(args.names[1]))
 
