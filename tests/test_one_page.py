@@ -1,7 +1,7 @@
 """The page 00_one_page beside the package.
 
-The same weights, prompts and random numbers give the same answers, losses and gradient norms, and a
-broken line of the page is noticed."""
+The same weights, prompts and random numbers give the same responses, losses and gradient norms, and
+a broken line of the page is noticed."""
 
 import ast
 import copy
@@ -27,8 +27,8 @@ COLDSTART = ROOT / "data" / "coldstart"
 PROMPTS, GROUP, N, ROLLOUTS, LONGEST, LR = 8, 16, 2, 3, 32, 5e-4
 
 # Two float32 forwards that sum in another order agree in log pi to about 1e-6 (the parity probe of
-# page 10). An answer has up to 32 tokens, |A| w (1 + |log pi|) is about 1, and nothing need cancel:
-# 32 x 1e-6. Found: 3e-7, also after six updates.
+# page 10). A response has up to 32 tokens, |A| w (1 + |log pi|) is about 1, and nothing need
+# cancel: 32 x 1e-6. Found: 3e-7, also after six updates.
 LOSS = 3e-5
 # The gradient has the relative error of its terms, 3e-5, and a norm of about 3. Found: 2e-6.
 NORM = 1e-4
@@ -156,7 +156,7 @@ def test_the_page_has_the_packages_losses_and_gradient_norms(run):
 
 
 # Each moved loss, gradient norm or KL of the first rollout by at least 50 times its bound.
-BREACHES = {
+BREAKS = {
     "no replay in pi_old": (
         "logprobs(model, tokens, routes)\n    log",
         "logprobs(model, tokens)\n    log",
@@ -183,7 +183,7 @@ BREACHES = {
 }
 
 
-@pytest.mark.parametrize("change", BREACHES.values(), ids=BREACHES)
+@pytest.mark.parametrize("change", BREAKS.values(), ids=BREAKS)
 def test_a_broken_line_is_noticed(run, change):
     calls, rows = run
     found = differences(page(*change), (calls[:1], rows[:N]))
@@ -217,7 +217,7 @@ def test_equation_7_with_all_its_cases():
     assert max(equation_7(page())) < EXACT
 
 
-LOSS_BREACHES = {
+LOSS_BREAKS = {
     "no truncation": (".clamp(max=5.0)", ""),
     "eps_high": ("r > 1.27", "r > 1.2"),
     "eps_low": ("r < 0.8", "r < 0.73"),
@@ -225,7 +225,7 @@ LOSS_BREACHES = {
 }
 
 
-@pytest.mark.parametrize("change", LOSS_BREACHES.values(), ids=LOSS_BREACHES)
+@pytest.mark.parametrize("change", LOSS_BREAKS.values(), ids=LOSS_BREAKS)
 def test_a_broken_loss_is_noticed(change):
     assert max(equation_7(page(*change))) > 1e6 * EXACT
 
@@ -237,8 +237,8 @@ def uniform(sampling, requests):
 
 
 def sampled(names, model, prompts, sampling, rollout):
-    """The page's rollout beside the package's: the share of equal answers and, over these, the
-    median |difference of log mu| and the share of different choices of experts."""
+    """The page's rollout beside the package's: the share of equal responses and, over these,
+    the median |difference of log mu| and the share of different choices of experts."""
     (tokens, mask, logp, routes), _ = inputs(names, prompts, rollout)
     repeated = prompts.repeat_interleave(GROUP, 0)
     mine = names["sample"](names["fp8_copy"](model), repeated, uniform(sampling, len(repeated)))
@@ -257,12 +257,12 @@ def sampled(names, model, prompts, sampling, rollout):
 # In float32 both engines agree to 1e-6. FP8 makes more of it only where that last digit decides a
 # rounding: a token has about 1,000 rounded numbers, whose grid is 2^-4 apart in relative terms, so
 # 1,000 x 1e-6 / 2^-4, 1-2% of tokens. Such a token's log mu moves by some 0.01, which is also the
-# chance that another token is drawn: 25 tokens x 2% x 1% is half a percent of answers.
+# chance that another token is drawn: 25 tokens x 2% x 1% is half a percent of responses.
 SAME, MEDIAN, ROUTES = 0.95, 1e-5, 5e-3
 
 
 def test_the_page_samples_what_the_package_samples(run):
-    "Also from the weights that the page's own updates have reached. Found: all answers are equal."
+    "Also from the weights that the page's own updates have reached. Found: all responses equal."
     names, model = page(), coldstart()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     for prompts, sampling, rollout in run[0]:
@@ -271,7 +271,7 @@ def test_the_page_samples_what_the_package_samples(run):
         names["learn"](model, optimizer, *inputs(names, prompts, rollout), GROUP, N)
 
 
-SAMPLING_BREACHES = {
+SAMPLING_BREAKS = {
     "weights not rounded": ("weight.copy_(fp8(weight))", "pass"),
     "activations not rounded": ("(fp8(args[0]), *args[1:])", "args"),
     "not rounded inside experts": ("fp8(gate(h))", "gate(h)"),
@@ -279,11 +279,11 @@ SAMPLING_BREACHES = {
     "one scale a tensor": ("x.abs().amax(-1, keepdim=True)", "x.abs().amax()"),
     "experts of other tokens": ("used.append(experts)", "used.append(experts.flip(0))"),
     "shifted by one": ("(prompts.shape[1] - 1, 0)", "(prompts.shape[1], -1)"),
-    "ended answers go on": ("alive = alive & (new", "alive = (new"),
+    "ended responses go on": ("alive = alive & (new", "alive = (new"),
 }
 
 
-@pytest.mark.parametrize("change", SAMPLING_BREACHES.values(), ids=SAMPLING_BREACHES)
+@pytest.mark.parametrize("change", SAMPLING_BREAKS.values(), ids=SAMPLING_BREAKS)
 def test_a_broken_engine_is_noticed(run, change):
     same, median, routes = sampled(page(*change), coldstart(), *run[0][0])
     assert same < SAME or median > 10 * MEDIAN or routes > 2 * ROUTES, (same, median, routes)
