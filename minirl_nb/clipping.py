@@ -13,35 +13,53 @@ from torch import Tensor
 
 from .weights import log_ratio, sequence_mean
 
-# %% ../nbs/03_clipping.ipynb #627e4b8e
+# %% ../nbs/03_clipping.ipynb #26707b90
 @dataclass(frozen=True)
 class Clip:
-    """The mask M_t of Eq. 7: a token loses its gradient when the update has already moved it far in its advantage's direction.
+    """The mask M_t of Eq. 7: a token loses its gradient once the update has moved it far in its
+    advantage's direction.
 
     low, high: eps_low and eps_high of the trust region [1 - low, 1 + high] around pi_old.
-    ratio: "token" for r_t = pi/pi_old; "sequence" for GSPO's geometric mean of r_t over the response.
+    ratio: "token" for r_t = pi/pi_old; "sequence" for GSPO's geometric mean of r_t over the
+        response.
     """
+
     low: float = 0.2
     high: float = 0.27
     ratio: Literal["token", "sequence"] = "token"
 
     def __post_init__(self):
         if not (0 <= self.low < 1 and self.high >= 0):
-            raise ValueError(f"clip bounds low = {self.low}, high = {self.high}: low must lie in [0, 1), high must not be negative")
+            raise ValueError(
+                f"clip bounds low = {self.low}, high = {self.high}: "
+                "low must lie in [0, 1), high must not be negative"
+            )
         if self.ratio not in ("token", "sequence"):
             raise ValueError(f"clip ratio {self.ratio!r} must be 'token' or 'sequence'")
 
-    def __call__(self,
-                 logp: Tensor,  # [B, T] training engine, now
-                 logp_old: Tensor,  # [B, T] training engine, before the updates
-                 advantage: Tensor,  # [B]
-                 mask: Tensor,  # [B, T]
-                ) -> tuple[Tensor, Tensor, Tensor]:  # M_t, clipped high, clipped low: bool [B, T]; tokens with A = 0 are kept
+    def __call__(
+        self,
+        *,
+        logp: Tensor,  # [B, T] training engine, now
+        logp_old: Tensor,  # [B, T] training engine, before the updates
+        advantage: Tensor,  # [B]
+        response_mask: Tensor,  # [B, T]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # bool [B, T] each
+        """M_t, and which response tokens were clipped high and low. Tokens with A = 0 are kept.
+
+        ValueError if the shapes do not fit.
+        """
         if advantage.shape != logp.shape[:1]:
-            raise ValueError(f"advantage {tuple(advantage.shape)} must have shape [{logp.shape[0]}], one for each response")
-        log_r = log_ratio(logp.detach(), logp_old.detach(), mask)
-        if self.ratio == "sequence": log_r = sequence_mean(log_r, mask)
-        r, a, mask = log_r.exp(), advantage[:, None], mask.bool()
+            raise ValueError(
+                f"advantage {tuple(advantage.shape)} must have shape [{logp.shape[0]}], "
+                "one per response"
+            )
+        log_r = log_ratio(
+            numerator=logp.detach(), denominator=logp_old.detach(), mask=response_mask
+        )
+        if self.ratio == "sequence":
+            log_r = sequence_mean(log_r, mask=response_mask)
+        r, a, mask = log_r.exp(), advantage[:, None], response_mask.bool()
         high = (a > 0) & (r > 1 + self.high) & mask
         low = (a < 0) & (r < 1 - self.low) & mask
         return ~(high | low), high, low

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Listing', 'list_responses', 'TablePolicy', 'AttentionPolicy', 'sequence_logp', 'expectation', 'random_reward',
            'expected_reward', 'gradient', 'hessian_vector', 'token_scores', 'sample', 'noisy', 'tempered', 'floored',
-           'rounded', 'angle', 'relative_error', 'expected_loss']
+           'rounded', 'angle', 'relative_error', 'expected_loss', 'expected_step']
 
 # %% ../nbs/00_exact.ipynb #4795568e
 import math
@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_exact.ipynb #9ae2a266
+# %% ../nbs/00_exact.ipynb #7b78914f
 @dataclass(frozen=True)
 class Listing:
-    """Every response over `vocab` tokens that stops at the token `end` or at length `T`; and every prefix that asks for a token.
+    """Every response over `vocab` tokens that stops at the token `end` or at length `T`, and
+    every prefix.
 
-    The responses partition all outcomes, so that their probabilities add up to one under any autoregressive policy. A policy
-    answers each prefix with a distribution over the next token, a table [M, V]; `gather` picks from it what each response took.
+    The responses partition all outcomes, so that their probabilities add up to one under any
+    autoregressive policy. A policy answers each prefix with a distribution over the next token, a
+    table [M, V]; `gather` picks from it the log-probability of each token of each response.
     """
+
     tokens: Tensor  # int64 [N, T], padded with 0 behind the end
     response_mask: Tensor  # bool [N, T], true on response tokens, the end token included
     prefix: Tensor  # int64 [N, T]: the row of `prefixes` that token t continues; 0 off the mask
@@ -32,206 +35,323 @@ class Listing:
     vocab: int  # V
     end: int | None  # the end token; None: all responses have length T
 
-    def __len__(self) -> int: return len(self.tokens)
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     @property
-    def T(self) -> int: return self.tokens.shape[1]
+    def T(self) -> int:
+        return self.tokens.shape[1]
 
     @property
     def length(self) -> Tensor:
         "int64 [N], tokens of each response."
         return self.response_mask.sum(-1)
 
-    def gather(self,
-               table: Tensor,  # [M, V] log-probabilities of the next token after each prefix
-              ) -> Tensor:  # [N, T] log-probability of each token of each response; zero off the mask
+    def gather(
+        self,
+        table: Tensor,  # [..., M, V] log-probabilities of the next token after each prefix
+    ) -> Tensor:  # [..., N, T] log-probability of each token of each response; zero off the mask
         "Token log-probabilities of all responses; differentiable in `table`."
-        if table.shape != (len(self.prefixes), self.vocab):
-            raise ValueError(f"table {tuple(table.shape)} must have shape [M, V] = [{len(self.prefixes)}, {self.vocab}]")
-        return torch.where(self.response_mask, table[self.prefix, self.tokens], 0.0)
+        if table.shape[-2:] != (len(self.prefixes), self.vocab):
+            raise ValueError(
+                f"table {tuple(table.shape)} must have shape [M, V] = "
+                f"[{len(self.prefixes)}, {self.vocab}]"
+            )
+        return torch.where(self.response_mask, table[..., self.prefix, self.tokens], 0.0)
 
 
-def list_responses(vocab: int,  # V, the end token included
-                   T: int,  # the horizon: a response that has not ended by then is cut
-                   end: int | None = 0,  # None: no end token, all V^T responses of length T
-                   limit: int = 200_000,  # refuse a longer list
-                  ) -> Listing:
-    "All responses, grown breadth first. With an end token there are (V-1)^T + sum_{t<T} (V-1)^t of them."
-    if vocab < 2 or T < 1: raise ValueError(f"vocab = {vocab}, T = {T}: at least 2 tokens and length 1 are needed")
-    if end is not None and not 0 <= end < vocab: raise ValueError(f"end = {end} must be a token below vocab = {vocab}, or None")
+def list_responses(
+    vocab: int,  # V, the end token included
+    T: int,  # the horizon: a response that has not ended by then is cut
+    end: int | None = 0,  # None: no end token, all V^T responses of length T
+    limit: int = 200_000,  # refuse a longer list
+) -> Listing:
+    """All responses, shortest first. With an end token there are (V-1)^T + sum_{t<T} (V-1)^t of
+    them.
+
+    ValueError for arguments that make no listing and for more than `limit` responses.
+    """
+    if vocab < 2 or T < 1:
+        raise ValueError(f"vocab = {vocab}, T = {T}: at least 2 tokens and length 1 are needed")
+    if end is not None and not 0 <= end < vocab:
+        raise ValueError(f"end = {end} must be a token below vocab = {vocab}, or None")
     k = vocab - (end is not None)
     n = k**T if end is None else sum(k**t for t in range(T)) + k**T
-    if n > limit: raise ValueError(f"vocab = {vocab}, T = {T} has {n} responses, more than limit = {limit}")
-    prefixes, done, frontier, row = [], [], [((), ())], 0  # a frontier entry: (tokens so far, rows of their prefixes)
+    if n > limit:
+        raise ValueError(f"vocab = {vocab}, T = {T} has {n} responses, more than limit = {limit}")
+    prefixes, finished = [], []
+    unfinished = [((), ())]  # pairs: tokens so far, and the rows of `prefixes` that they continued
     for t in range(T):
-        grown = []
-        for tokens, rows in frontier:
+        longer = []
+        for tokens, rows in unfinished:
+            rows = (*rows, len(prefixes))
             prefixes.append(tokens)
-            for v in range(vocab):
-                (done if v == end or t == T - 1 else grown).append(((*tokens, v), (*rows, row)))
-            row += 1
-        frontier = grown
-    pad = lambda xs: torch.tensor([[*x, *[0] * (T - len(x))] for x in xs], dtype=torch.int64)
-    length = torch.tensor([len(y) for y, _ in done])
-    return Listing(pad([y for y, _ in done]), torch.arange(T) < length[:, None], pad([r for _, r in done]), pad(prefixes),
-                   torch.tensor([len(p) for p in prefixes]), vocab, end)
+            for token in range(vocab):
+                is_last = token == end or t == T - 1
+                (finished if is_last else longer).append(((*tokens, token), rows))
+        unfinished = longer
+    length = torch.tensor([len(tokens) for tokens, _ in finished])
+    return Listing(
+        tokens=_padded([tokens for tokens, _ in finished], T),
+        response_mask=torch.arange(T) < length[:, None],
+        prefix=_padded([rows for _, rows in finished], T),
+        prefixes=_padded(prefixes, T),
+        prefix_length=torch.tensor([len(p) for p in prefixes]),
+        vocab=vocab,
+        end=end,
+    )
 
-# %% ../nbs/00_exact.ipynb #3f7b0626
+
+def _padded(rows: list[tuple[int, ...]], T: int) -> Tensor:
+    "int64 [len(rows), T], zeros behind the end of each row."
+    return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], dtype=torch.int64)
+
+# %% ../nbs/00_exact.ipynb #5d79638e
 class TablePolicy:
-    """Logits looked up by the last `order` tokens (None: by the whole prefix, so that no two prefixes share a parameter).
+    """Logits looked up by the last `order` tokens; None: by the whole prefix, so that prefixes
+    share no parameter.
 
-    Parameters are one flat float64 vector [P]. Another policy subclasses this one and brings its own `size` and `table`.
+    Parameters are one flat float64 vector [P]. Another policy subclasses this one and brings its
+    own `size` and `table`.
     """
+
     def __init__(self, listing: Listing, order: int | None = None, prompts: int = 1):
         self.listing, self.order, self.prompts = listing, order, prompts
-        start = lambda k: 0 if order is None else max(0, k - order)
-        context = [tuple(p[start(k):k]) for p, k in zip(listing.prefixes.tolist(), listing.prefix_length.tolist())]
-        number = {c: i for i, c in enumerate(dict.fromkeys(context))}
-        self.context = torch.tensor([number[c] for c in context])  # [M]: which row of logits a prefix uses
+        contexts = []
+        for prefix, length in zip(listing.prefixes.tolist(), listing.prefix_length.tolist()):
+            start = 0 if order is None else max(0, length - order)
+            contexts.append(tuple(prefix[start:length]))
+        number = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
+        # [M]: the row of logits that each prefix uses
+        self.context = torch.tensor([number[context] for context in contexts])
         self.size = prompts * len(number) * listing.vocab
 
     def init(self, seed: int, scale: float = 1.0) -> Tensor:
         "A random parameter vector, float64 [P]."
-        return scale * torch.randn(self.size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        return scale * _normal(self.size, seed=seed)
 
-    def table(self, params: Tensor, prompt: int = 0) -> Tensor:
-        "[M, V] log-probabilities of the next token after each prefix."
-        return F.log_softmax(params.view(self.prompts, -1, self.listing.vocab)[prompt, self.context], -1)
+    def table(self, params: Tensor, prompt: int | Tensor = 0) -> Tensor:
+        "[M, V] log-probabilities of the next token after each prefix; [X, M, V] for X prompts."
+        logits = params.view(self.prompts, -1, self.listing.vocab)[prompt]
+        return F.log_softmax(logits[..., self.context, :], -1)
 
-    def __call__(self, params: Tensor, prompt: int = 0) -> Tensor:
-        "[N, T] token log-probabilities of all responses."
+    def __call__(self, params: Tensor, prompt: int | Tensor = 0) -> Tensor:
+        "[N, T] token log-probabilities of all responses; [X, N, T] for X prompts."
         return self.listing.gather(self.table(params, prompt))
 
 
 class AttentionPolicy(TablePolicy):
-    """One causal attention head over token and position embeddings, a tanh layer, an output layer: all prefixes share all
-    parameters, and logits are not linear in them, as in a real model. A prompt is a start symbol."""
+    """One causal attention head over token and position embeddings, a tanh layer, an output
+    layer.
+
+    All prefixes share all parameters, and logits are not linear in them, as in a real model. A
+    prompt is a start symbol.
+    """
+
     def __init__(self, listing: Listing, width: int = 4, prompts: int = 1):
         self.listing, self.width, self.prompts = listing, width, prompts
         V, T, d = listing.vocab, listing.T, width
-        self.shapes = {"embed": (V + prompts, d), "place": (T, d), "query": (d, d), "key": (d, d), "value": (d, d),
-                       "hidden": (d, d), "out": (d, V), "bias": (V,)}
+        self.shapes = {
+            "embed": (V + prompts, d),
+            "place": (T, d),
+            "query": (d, d),
+            "key": (d, d),
+            "value": (d, d),
+            "hidden": (d, d),
+            "out": (d, V),
+            "bias": (V,),
+        }
         self.size = sum(math.prod(s) for s in self.shapes.values())
 
     def init(self, seed: int, scale: float = 1.0) -> Tensor:
-        "Standard normal, matrices divided by the root of their fan-in: next-token distributions that are neither flat nor certain."
-        parts = super().init(seed, scale).split([math.prod(s) for s in self.shapes.values()])
-        inner = {"query", "key", "value", "hidden", "out"}
-        return torch.cat([x / self.width**0.5 if k in inner else x for k, x in zip(self.shapes, parts)])
+        """A random parameter vector, float64 [P]: standard normal, matrices divided by the root
+        of their width.
 
-    def table(self, params: Tensor, prompt: int = 0) -> Tensor:
-        parts = params.split([math.prod(s) for s in self.shapes.values()])
-        p = {k: x.view(s) for (k, s), x in zip(self.shapes.items(), parts)}
-        ys, (M, T) = self.listing, self.listing.prefixes.shape
-        # the input of a prefix of length k: the prompt's symbol V + prompt, then its k <= T - 1 tokens
-        inputs = torch.cat([torch.full((M, 1), ys.vocab + prompt), ys.prefixes[:, :T - 1]], 1)
-        h = p["embed"][inputs] + p["place"]  # [M, T, d]
-        last = h[torch.arange(M), ys.prefix_length]  # [M, d]
-        score = (h @ p["key"] @ (last @ p["query"])[:, :, None])[..., 0] / self.width**0.5  # [M, T]
-        seen = torch.arange(T) <= ys.prefix_length[:, None]
-        mixed = last + (score.masked_fill(~seen, -torch.inf).softmax(-1)[:, None] @ h @ p["value"])[:, 0]
+        The next-token distributions are then neither flat nor certain.
+        """
+        matrices = {"query", "key", "value", "hidden", "out"}
+        parts = self._parts(super().init(seed, scale))
+        return torch.cat(
+            [
+                x.reshape(-1) / self.width**0.5 if name in matrices else x.reshape(-1)
+                for name, x in parts.items()
+            ]
+        )
+
+    def _parts(self, params: Tensor) -> dict[str, Tensor]:
+        "The flat vector [P] as named matrices."
+        parts = params.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: x.view(shape) for (name, shape), x in zip(self.shapes.items(), parts)}
+
+    def table(self, params: Tensor, prompt: int | Tensor = 0) -> Tensor:
+        "[M, V] log-probabilities of the next token after each prefix; [X, M, V] for X prompts."
+        p, ys, (M, T) = self._parts(params), self.listing, self.listing.prefixes.shape
+        # a prefix of length k is read as the prompt's symbol V + prompt and its k <= T - 1 tokens
+        symbol = (ys.vocab + torch.as_tensor(prompt))[..., None, None]
+        lead = symbol.shape[:-2]
+        inputs = torch.cat(
+            [symbol.expand(*lead, M, 1), ys.prefixes[:, : T - 1].expand(*lead, M, T - 1)], -1
+        )
+        h = p["embed"][inputs] + p["place"]  # [..., M, T, d]
+        last = h[..., torch.arange(M), ys.prefix_length, :]  # [..., M, d]
+        score = (h @ p["key"] @ (last @ p["query"])[..., None])[..., 0]  # [..., M, T]
+        visible = torch.arange(T) <= ys.prefix_length[:, None]
+        attention = (score / self.width**0.5).masked_fill(~visible, -torch.inf).softmax(-1)
+        mixed = last + (attention[..., None, :] @ h @ p["value"])[..., 0, :]
         return F.log_softmax(torch.tanh(mixed @ p["hidden"]) @ p["out"] + p["bias"], -1)
 
-# %% ../nbs/00_exact.ipynb #68b1f342
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    "Standard normal numbers, float64, the same for the same seed."
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+# %% ../nbs/00_exact.ipynb #0dbc597c
 def sequence_logp(logp: Tensor) -> Tensor:
     "log p(y) [N] from token log-probabilities [N, T] that are zero off the mask."
     return logp.sum(-1)
 
 
-def expectation(logp: Tensor,  # [N, T] token log-probabilities of the policy that y is drawn from
-                value: Tensor,  # [N] or [N, ...], a value of each response
-               ) -> Tensor:  # [...]
+def expectation(
+    logp: Tensor,  # [N, T] token log-probabilities of the policy that y is drawn from
+    value: Tensor,  # [N] or [N, ...], a value of each response
+) -> Tensor:  # [...]
     "E_{y ~ p}[value(y)] as the finite sum over the listing; differentiable in both arguments."
     return torch.tensordot(sequence_logp(logp).exp(), value, 1)
 
 
 def random_reward(listing: Listing, seed: int, binary: bool = False) -> Tensor:
     "A reward table, float64 [N]: standard normal, or 0 and 1 with equal chance."
-    u = torch.randn(len(listing), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return (u > 0).double() if binary else u
+    reward = _normal(len(listing), seed=seed)
+    return (reward > 0).double() if binary else reward
 
 
-def expected_reward(policy: Callable[[Tensor], Tensor],  # params -> [N, T] token log-probabilities
-                    params: Tensor,  # [P]
-                    reward: Tensor,  # [N]
-                   ) -> Tensor:  # scalar
+def expected_reward(
+    policy: Callable[[Tensor], Tensor],  # params -> [N, T] token log-probabilities
+    params: Tensor,  # [P]
+    reward: Tensor,  # [N]
+) -> Tensor:  # scalar
     "J(params) = E_{y ~ pi}[R(y)] (Eq. 1 in its first form), exactly."
     return expectation(policy(params), reward)
 
 
 def gradient(f: Callable[[Tensor], Tensor], params: Tensor) -> Tensor:
-    "Gradient [P] of the scalar f(params) at `params`; a zero vector where f does not depend on them."
+    """Gradient [P] of the scalar f(params) at `params`; a zero vector where f does not depend on
+    them.
+    """
     x = params.detach().requires_grad_()
-    g, = torch.autograd.grad(f(x), x, allow_unused=True)
+    (g,) = torch.autograd.grad(f(x), x, allow_unused=True)
     return torch.zeros_like(params) if g is None else g
 
 
 def hessian_vector(f: Callable[[Tensor], Tensor], params: Tensor, v: Tensor) -> Tensor:
     "Hessian of the scalar f at `params` times `v` [P], by differentiating the gradient once more."
     x = params.detach().requires_grad_()
-    g, = torch.autograd.grad(f(x), x, create_graph=True)
+    (g,) = torch.autograd.grad(f(x), x, create_graph=True)
     return torch.autograd.grad(g @ v, x)[0] if g.requires_grad else torch.zeros_like(v)
 
 
 def token_scores(policy, params: Tensor) -> Tensor:
-    "Scores of all tokens, d log p(y_t) / d params, [N, T, P]: the raw material of Eqs. 2 and 4 (memory N T P, small listings only)."
-    return torch.autograd.functional.jacobian(policy, params, strategy="forward-mode", vectorize=True)  # P columns, not N T rows
+    """Scores of all tokens, d log p(y_t) / d params, [N, T, P], as in Eqs. 2 and 4.
 
-# %% ../nbs/00_exact.ipynb #0a18e66b
-def sample(logp: Tensor,  # [N, T] token log-probabilities of the policy that samples
-           n: int,
-           seed: int,
-          ) -> Tensor:  # int64 [n], row numbers of the listing
+    They take N T P numbers of memory, so the listing must be small.
+    """
+    # forward mode: P columns instead of N T rows
+    return torch.autograd.functional.jacobian(
+        policy, params, strategy="forward-mode", vectorize=True
+    )
+
+# %% ../nbs/00_exact.ipynb #4adaca04
+def sample(
+    logp: Tensor,  # [N, T] token log-probabilities of the policy that samples
+    n: int,
+    seed: int,
+) -> Tensor:  # int64 [n], row numbers of the listing
     "Draw n responses, independently."
     g = torch.Generator().manual_seed(seed)
     return torch.multinomial(sequence_logp(logp).exp(), n, replacement=True, generator=g)
 
 
 def noisy(table: Tensor, scale: float, seed: int) -> Tensor:
-    "Gaussian noise of standard deviation `scale` on every logit: an engine with a fixed numerical error per prefix. [M, V] -> [M, V]"
-    noise = torch.randn(table.shape, dtype=table.dtype, generator=torch.Generator().manual_seed(seed))
-    return F.log_softmax(table + scale * noise, -1)
+    """Gaussian noise of standard deviation `scale` on every logit, [M, V] -> [M, V].
+
+    An engine with a fixed numerical error at each prefix.
+    """
+    return F.log_softmax(table + scale * _normal(*table.shape, seed=seed), -1)
 
 
 def tempered(table: Tensor, temperature: float) -> Tensor:
-    "All logits divided by `temperature`: an engine that samples a little too hot or too cold. [M, V] -> [M, V]"
+    """All logits divided by `temperature`, [M, V] -> [M, V]: an engine that samples too hot or
+    too cold.
+    """
     return F.log_softmax(table / temperature, -1)
 
 
 def floored(table: Tensor, eps: float) -> Tensor:
-    "(1 - eps) p + eps / V: an engine that can never make a token rarer than eps / V. [M, V] -> [M, V]"
-    if eps == 0: return table
-    return torch.logaddexp(table + math.log1p(-eps), torch.full_like(table, math.log(eps / table.shape[-1])))
+    """(1 - eps) p + eps / V, [M, V] -> [M, V]: an engine that cannot make a token rarer than eps
+    / V.
+    """
+    if eps == 0:
+        return table
+    floor = torch.full_like(table, math.log(eps / table.shape[-1]))
+    return torch.logaddexp(table + math.log1p(-eps), floor)
 
 
 def rounded(table: Tensor, step: float) -> Tensor:
-    "Log-probabilities rounded to multiples of `step`, then normalised: a coarse engine. No gradient flows. [M, V] -> [M, V]"
+    """Log-probabilities rounded to multiples of `step`, then normalised, [M, V] -> [M, V]: a
+    coarse engine.
+
+    No gradient flows.
+    """
     return F.log_softmax((table / step).round() * step, -1)
 
-# %% ../nbs/00_exact.ipynb #7df4f563
+# %% ../nbs/00_exact.ipynb #00750eb4
 def angle(g: Tensor, exact: Tensor) -> float:
     "Angle in degrees between two gradients [P]; nan when one of them is zero."
     a, b = g / g.norm(), exact / exact.norm()
-    return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))  # acos would lose angles below 1e-6
+    # acos would lose angles below 1e-6
+    return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))
 
 
 def relative_error(g: Tensor, exact: Tensor) -> float:
     "|g - exact| / |exact|; nan or inf when the exact gradient is zero."
     return float((g - exact).norm() / exact.norm())
 
-# %% ../nbs/00_exact.ipynb #6a9b1723
-def expected_loss(loss: Callable,  # (logp, logp_old, logp_mu, advantage, response_mask, count) -> scalar, e.g. `objective.MINIRL.loss`
-                  logp: Tensor,  # [N, T] training engine, now; the gradient flows through it
-                  logp_old: Tensor,  # [N, T]
-                  logp_mu: Tensor,  # [N, T] rollout engine
-                  advantage: Tensor,  # [N]
-                  response_mask: Tensor,  # [N, T]
-                  count: float = 1.0,  # 1: mean over responses; the expected length, `expectation(logp_mu, length)`, for a mean over tokens
-                 ) -> Tensor:  # scalar: E_{y ~ mu} of the loss of one response
-    """The exact expectation over y ~ mu of a loss that is a sum over responses, each proportional to |A|.
+# %% ../nbs/00_exact.ipynb #423bde4f
+def expected_loss(
+    loss: Callable,  # of the tensors below and `count`, by keyword, such as `objective.MINIRL.loss`
+    *,
+    logp: Tensor,  # [N, T] training engine, now; the gradient flows through it
+    logp_old: Tensor,  # [N, T] training engine, before the updates
+    logp_mu: Tensor,  # [N, T] rollout engine
+    advantage: Tensor,  # [N]
+    response_mask: Tensor,  # [N, T]
+    count: float = 1.0,  # 1: mean over responses; E_mu[length]: mean over tokens
+) -> Tensor:  # scalar
+    """The exact expectation over y ~ mu of a loss that is a sum over responses, each proportional
+    to |A|.
 
-    All listed responses form one batch in which the advantage of y carries the factor mu(y) > 0; its sign, all that a clip looks
-    at, stays. This is how the very losses that train a large model are evaluated here without a copy of their formulas.
+    All listed responses form one batch in which the advantage of y carries the factor mu(y) > 0;
+    its sign, all that a clip looks at, stays. So the very losses that train a large model are
+    evaluated here, without a copy of their formulas.
     """
     p_mu = sequence_logp(logp_mu).exp().detach()
-    return loss(logp, logp_old, logp_mu, p_mu * advantage, response_mask, count)
+    return loss(
+        logp=logp,
+        logp_old=logp_old,
+        logp_mu=logp_mu,
+        advantage=p_mu * advantage,
+        response_mask=response_mask,
+        count=count,
+    )
+
+
+def expected_step(
+    loss: Callable,  # as in `expected_loss`
+    policy: Callable[[Tensor], Tensor],  # params -> [N, T] token log-probabilities
+    params: Tensor,  # [P]
+    **batch: Tensor,  # logp_old, logp_mu, advantage, response_mask and count of `expected_loss`
+) -> Tensor:  # [P]
+    """What gradient ascent on an objective follows, in expectation over y ~ mu: minus the
+    gradient of `expected_loss`.
+    """
+    return -gradient(lambda p: expected_loss(loss, logp=policy(p), **batch), params)
