@@ -1,5 +1,6 @@
 """Random batches for the tests of weights, clipping and objective."""
-from dataclasses import dataclass
+
+from dataclasses import dataclass, fields, replace
 
 import torch
 from hypothesis import settings
@@ -12,28 +13,55 @@ PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 
 @dataclass
 class Batch:
-    logp: Tensor
-    logp_old: Tensor
-    logp_mu: Tensor
-    advantage: Tensor
-    mask: Tensor
+    logp: Tensor  # [B, T]
+    logp_old: Tensor  # [B, T]
+    logp_mu: Tensor  # [B, T]
+    advantage: Tensor  # [B]
+    response_mask: Tensor  # bool [B, T]
 
-    def __iter__(self): return iter((self.logp, self.logp_old, self.logp_mu, self.advantage, self.mask))
+    def named(self, *names, **changes):
+        "The tensors by name, to be passed by keyword; all of them where no name is given."
+        names = names or [f.name for f in fields(self)]
+        return {name: getattr(self, name) for name in names} | changes
 
-    def to(self, dtype): return Batch(*(x.to(dtype) for x in (self.logp, self.logp_old, self.logp_mu, self.advantage)), self.mask)
+    def policies(self, **changes):
+        "Everything but the advantage."
+        return self.named("logp", "logp_old", "logp_mu", "response_mask", **changes)
 
-    def rows(self, index): return Batch(*(x[index] for x in self))
+    def clip(self, **changes):
+        "What a clip looks at."
+        return self.named("logp", "logp_old", "advantage", "response_mask", **changes)
+
+    def map(self, f):
+        return Batch(**{name: f(x) for name, x in self.named().items()})
+
+    def to(self, dtype):
+        return replace(self.map(lambda x: x.to(dtype)), response_mask=self.response_mask)
+
+    def rows(self, index):
+        return self.map(lambda x: x[index])
 
     def padded(self, columns, junk):
-        grow = lambda x: torch.cat([x, torch.full((len(x), columns), junk, dtype=x.dtype)], 1)
-        return Batch(grow(self.logp), grow(self.logp_old), grow(self.logp_mu), self.advantage,
-                     torch.cat([self.mask, torch.zeros(len(self.mask), columns, dtype=torch.bool)], 1))
+        "Columns of `junk` behind the responses, off the mask."
+
+        def grow(x):
+            if x.ndim == 1:
+                return x
+            fill = False if x.dtype == torch.bool else junk
+            return torch.cat([x, torch.full((len(x), columns), fill, dtype=x.dtype)], 1)
+
+        return self.map(grow)
 
 
 def make(seed: int, B: int = 6, T: int = 7, shift: float = 0.5) -> Batch:
-    "B responses of random length (prompts of random length before them); log-ratios of standard deviation `shift`, float64."
+    """B responses of random length behind prompts of random length; log-ratios of deviation
+    `shift`, float64.
+    """
     g = torch.Generator().manual_seed(seed)
-    normal = lambda *s: torch.randn(*s, dtype=torch.float64, generator=g)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
     logp_mu = -normal(B, T).abs()
     logp_old = logp_mu + shift * normal(B, T)
     logp = logp_old + shift * normal(B, T)
@@ -45,4 +73,10 @@ def make(seed: int, B: int = 6, T: int = 7, shift: float = 0.5) -> Batch:
     return Batch(logp, logp_old, logp_mu, advantage, (t >= start) & (t < stop))
 
 
-batches = st.builds(make, seed=st.integers(0, 2**31), B=st.integers(1, 8), T=st.integers(1, 9), shift=st.sampled_from([0.0, 0.1, 0.5, 3.0]))
+batches = st.builds(
+    make,
+    seed=st.integers(0, 2**31),
+    B=st.integers(1, 8),
+    T=st.integers(1, 9),
+    shift=st.sampled_from([0.0, 0.1, 0.5, 3.0]),
+)

@@ -12,8 +12,8 @@ from minirl_nb.exact import (
     AttentionPolicy,
     TablePolicy,
     expectation,
-    expected_loss,
     expected_reward,
+    expected_step,
     gradient,
     list_responses,
     noisy,
@@ -40,14 +40,16 @@ seeds = st.integers(0, 2**31)
 
 def loss_and_grad(objective, b, count=None):
     logp = b.logp.clone().requires_grad_()
-    loss = objective.loss(logp, b.logp_old, b.logp_mu, b.advantage, b.mask, count)
+    loss = objective.loss(**b.named(logp=logp), count=count)
     loss.backward()
     return loss.detach(), logp.grad
 
 
-# ---------------------------------------------------------------------------------------------- textbook forms
-# Written from the papers' formulas, in loops and with autograd's own min and clip; they share no line with the package.
-def tokens_of(b, i): return [t for t in range(b.logp.shape[1]) if b.mask[i, t]]
+# ------------------------------------------------------------ textbook forms
+# Written from the papers' formulas, in loops and with autograd's own min and clip; they share no
+# line with the package.
+def tokens_of(b, i):
+    return [t for t in range(b.logp.shape[1]) if b.response_mask[i, t]]
 
 
 def eq7(b, logp):
@@ -56,7 +58,9 @@ def eq7(b, logp):
         for t in tokens_of(b, i):
             a, r = float(b.advantage[i]), math.exp(b.logp[i, t] - b.logp_old[i, t])
             keep = not (a > 0 and r > 1.27 or a < 0 and r < 0.8)
-            total = total + keep * min(math.exp(b.logp[i, t] - b.logp_mu[i, t]), 5.0) * a * logp[i, t]
+            total = (
+                total + keep * min(math.exp(b.logp[i, t] - b.logp_mu[i, t]), 5.0) * a * logp[i, t]
+            )
     return total / len(logp)
 
 
@@ -68,7 +72,10 @@ def grpo(b, logp):
     total = 0.0
     for i in range(len(logp)):
         y = tokens_of(b, i)
-        for t in y: total = total + ppo_min((logp[i, t] - b.logp_old[i, t]).exp(), b.advantage[i], 0.2, 0.27) / len(y)
+        for t in y:
+            total = total + ppo_min(
+                (logp[i, t] - b.logp_old[i, t]).exp(), b.advantage[i], 0.2, 0.27
+            ) / len(y)
     return total / len(logp)
 
 
@@ -78,7 +85,7 @@ def cispo(b, logp):
         for t in tokens_of(b, i):
             r = (logp[i, t] - b.logp_old[i, t]).exp()
             total = total + torch.clamp(r, 0.8, 1.27).detach() * b.advantage[i] * logp[i, t]
-    return total / int(b.mask.sum())
+    return total / int(b.response_mask.sum())
 
 
 def gspo(b, logp):
@@ -91,8 +98,11 @@ def gspo(b, logp):
 
 
 def reinforce(b, logp):
-    return sum((b.logp[i, t] - b.logp_mu[i, t]).exp() * b.advantage[i] * logp[i, t]
-               for i in range(len(logp)) for t in tokens_of(b, i)) / len(logp)
+    return sum(
+        (b.logp[i, t] - b.logp_mu[i, t]).exp() * b.advantage[i] * logp[i, t]
+        for i in range(len(logp))
+        for t in tokens_of(b, i)
+    ) / len(logp)
 
 
 def no_is(b, logp):
@@ -103,16 +113,25 @@ def no_is(b, logp):
 def length_norm(b, logp):
     total = 0.0
     for i in range(len(logp)):
-        total = total + eq7(b.rows([i]), logp[i:i + 1]) / len(tokens_of(b, i))
+        total = total + eq7(b.rows([i]), logp[i : i + 1]) / len(tokens_of(b, i))
     return total / len(logp)
 
 
-TEXTBOOK = {"minirl": (MINIRL, eq7), "minirl_no_is": (MINIRL_NO_IS, no_is), "minirl_length_norm": (MINIRL_LENGTH_NORM, length_norm),
-            "reinforce": (REINFORCE, reinforce), "grpo": (GRPO, grpo), "cispo": (CISPO, cispo), "gspo": (GSPO, gspo)}
+TEXTBOOK = {
+    "minirl": (MINIRL, eq7),
+    "minirl_no_is": (MINIRL_NO_IS, no_is),
+    "minirl_length_norm": (MINIRL_LENGTH_NORM, length_norm),
+    "reinforce": (REINFORCE, reinforce),
+    "grpo": (GRPO, grpo),
+    "cispo": (CISPO, cispo),
+    "gspo": (GSPO, gspo),
+}
 
 
 def test_every_preset_has_a_textbook_form():
-    assert TEXTBOOK.keys() == PRESETS.keys() and all(TEXTBOOK[k][0] is v for k, v in PRESETS.items())
+    assert TEXTBOOK.keys() == PRESETS.keys() and all(
+        TEXTBOOK[k][0] is v for k, v in PRESETS.items()
+    )
 
 
 @pytest.mark.parametrize("name", TEXTBOOK)
@@ -120,35 +139,55 @@ def test_every_preset_has_a_textbook_form():
 @given(b=batches)
 def test_gradients_are_the_textbooks(name, b):
     objective, textbook = TEXTBOOK[name]
-    if (b.mask.sum(-1) == 0).any(): return                # the textbooks' 1/|y| has no value for an empty response
+    if (b.response_mask.sum(-1) == 0).any():
+        return  # the textbooks' 1/|y| has no value for an empty response
     logp = b.logp.clone().requires_grad_()
     surrogate = textbook(b, logp)
-    g, = torch.autograd.grad(surrogate, logp)
+    (g,) = torch.autograd.grad(surrogate, logp)
     torch.testing.assert_close(-loss_and_grad(objective, b)[1], g, rtol=1e-12, atol=1e-14)
 
 
 @PROPERTY
 @given(batches)
 def test_the_value_of_minirl_is_eq7(b):
-    torch.testing.assert_close(-loss_and_grad(MINIRL, b)[0], torch.as_tensor(eq7(b, b.logp)).double(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        -loss_and_grad(MINIRL, b)[0],
+        torch.as_tensor(eq7(b, b.logp)).double(),
+        rtol=1e-12,
+        atol=1e-13,
+    )
 
 
 @PROPERTY
 @given(batches)
 def test_truncated_discrepancy_is_the_literatures_form(b):
-    "clip of PPO on r = pi/old, times sg[f(old/mu)]: TIS, MIS and IcePop as their authors write them."
+    """clip of PPO on r = pi/old, times sg[f(old/mu)]: TIS, MIS and IcePop as their authors write
+    them.
+    """
     rho = (b.logp_old - b.logp_mu).exp()
-    for cut, f in ((TIS(2.0), rho.clamp(max=2.0)), (MIS(2.0), rho * (rho <= 2.0)), (IcePop(0.5, 2.0), rho * ((rho >= 0.5) & (rho <= 2.0)))):
+    for cut, f in (
+        (TIS(2.0), rho.clamp(max=2.0)),
+        (MIS(2.0), rho * (rho <= 2.0)),
+        (IcePop(0.5, 2.0), rho * ((rho >= 0.5) & (rho <= 2.0))),
+    ):
         logp = b.logp.clone().requires_grad_()
-        (f * ppo_min((logp - b.logp_old).exp(), b.advantage[:, None], 0.2, 0.27))[b.mask].sum().div(len(logp)).backward()
+        (f * ppo_min((logp - b.logp_old).exp(), b.advantage[:, None], 0.2, 0.27))[
+            b.response_mask
+        ].sum().div(len(logp)).backward()
         ours = loss_and_grad(Objective(truncation=cut, truncation_of="discrepancy"), b)[1]
         torch.testing.assert_close(-ours, logp.grad, rtol=1e-12, atol=1e-14)
 
 
-# ---------------------------------------------------------------------------------------------- invariances
-MANY = [*PRESETS.values(), Objective(weight="sequence", truncation=TIS(3.0)), Objective(weight="old/mu", truncation=MIS(2.0)),
-        Objective(truncation=IcePop(), truncation_of="discrepancy"), Objective(truncation=Geometric(0.8, 1.2), normalizer="tokens"),
-        Objective(weight="none", truncation=None, clip=None), Objective(weight="sequence", truncation=TIS(), truncation_of="discrepancy")]
+# ------------------------------------------------------------ invariances
+MANY = [
+    *PRESETS.values(),
+    Objective(weight="sequence", truncation=TIS(3.0)),
+    Objective(weight="old/mu", truncation=MIS(2.0)),
+    Objective(truncation=IcePop(), truncation_of="discrepancy"),
+    Objective(truncation=Geometric(0.8, 1.2), normalizer="tokens"),
+    Objective(weight="none", truncation=None, clip=None),
+    Objective(weight="sequence", truncation=TIS(), truncation_of="discrepancy"),
+]
 
 
 @PROPERTY
@@ -157,7 +196,9 @@ def test_padding_changes_nothing(b, objective, junk):
     loss, g = loss_and_grad(objective, b)
     wide_loss, wide_g = loss_and_grad(objective, b.padded(3, junk))
     torch.testing.assert_close(wide_loss, loss, rtol=1e-13, atol=1e-14)
-    torch.testing.assert_close(wide_g, torch.cat([g, torch.zeros(len(g), 3, dtype=g.dtype)], 1), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        wide_g, torch.cat([g, torch.zeros(len(g), 3, dtype=g.dtype)], 1), rtol=1e-13, atol=0
+    )
 
 
 @PROPERTY
@@ -174,8 +215,8 @@ def test_the_order_of_responses_changes_nothing(b, objective, seed):
 def test_micro_batches_add_up_to_the_mini_batch(b, objective, size):
     loss, g = loss_and_grad(objective, b)
     parts = [b.rows(i) for i in torch.arange(len(b.logp)).split(size)]
-    n = sum(objective.count(p.mask) for p in parts)
-    assert n == objective.count(b.mask)
+    n = sum(objective.count(p.response_mask) for p in parts)
+    assert n == objective.count(b.response_mask)
     got = [loss_and_grad(objective, p, max(n, 1)) for p in parts]
     torch.testing.assert_close(sum(x for x, _ in got), loss, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(torch.cat([x for _, x in got]), g, rtol=1e-13, atol=0)
@@ -184,7 +225,9 @@ def test_micro_batches_add_up_to_the_mini_batch(b, objective, size):
 @PROPERTY
 @given(seeds, st.sampled_from(MANY))
 def test_float32_and_bfloat16_inputs(seed, objective):
-    "The same numbers in another type give the same float32 gradient: nothing is computed in the narrow type."
+    """The same numbers in another type give the same float32 gradient: nothing is computed in the
+    narrow type.
+    """
     b = make(seed, shift=0.1).to(torch.bfloat16)
     b.advantage = b.advantage.float()
     wide = b.to(torch.float64)
@@ -201,19 +244,31 @@ def test_float32_and_bfloat16_inputs(seed, objective):
 @PROPERTY
 @given(batches)
 def test_knobs_at_their_ends(b):
-    grad = lambda o: loss_and_grad(o, b)[1]
-    assert torch.equal(grad(Objective(truncation=TIS(math.inf), clip=Clip(1 - EPS, math.inf))), grad(Objective(truncation=None, clip=None)))
+    def grad(o):
+        return loss_and_grad(o, b)[1]
+
+    assert torch.equal(
+        grad(Objective(truncation=TIS(math.inf), clip=Clip(1 - EPS, math.inf))),
+        grad(Objective(truncation=None, clip=None)),
+    )
     on_policy = replace(b, logp=b.logp_old)
-    same = lambda o, p: torch.testing.assert_close(loss_and_grad(o, on_policy)[1], loss_and_grad(p, on_policy)[1], rtol=1e-13, atol=0)
-    same(Objective(truncation=IcePop()), Objective(truncation=IcePop(), truncation_of="discrepancy"))
+
+    def same(o, p):
+        return torch.testing.assert_close(
+            loss_and_grad(o, on_policy)[1], loss_and_grad(p, on_policy)[1], rtol=1e-13, atol=0
+        )
+
+    same(
+        Objective(truncation=IcePop()), Objective(truncation=IcePop(), truncation_of="discrepancy")
+    )
     same(Objective(weight="pi/old"), Objective(weight="none"))
     same(Objective(weight="pi/mu"), Objective(weight="old/mu"))
-    one_length = replace(b, mask=torch.ones_like(b.mask))
+    one_length = replace(b, response_mask=torch.ones_like(b.response_mask))
     a, c = loss_and_grad(MINIRL, one_length)[1], loss_and_grad(MINIRL_LENGTH_NORM, one_length)[1]
     torch.testing.assert_close(a, c * b.logp.shape[1], rtol=1e-13, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------- against the listing
+# ------------------------------------------------------------ against the listing
 YS = list_responses(vocab=3, T=3)
 
 
@@ -233,9 +288,13 @@ SEQUENCE = Objective(weight="sequence", truncation=None, clip=None)
 def test_the_sequence_weight_gives_the_exact_gradient_with_any_baseline(seed, baseline):
     pi, theta, old, mu = engines(seed)
     reward = random_reward(YS, seed + 3)
-    J = lambda p: expected_reward(pi, p, reward)
+
+    def J(p):
+        return expected_reward(pi, p, reward)
+
     exact = torch.autograd.functional.jacobian(J, theta)
-    g = gradient(lambda p: -expected_loss(SEQUENCE.loss, pi(p), old, mu, reward - baseline, YS.response_mask), theta)
+    batch = dict(logp_old=old, logp_mu=mu, response_mask=YS.response_mask)
+    g = expected_step(SEQUENCE.loss, pi, theta, advantage=reward - baseline, **batch)
     # sums of 15 responses with |A| below 10 and scores of a few units
     torch.testing.assert_close(g, exact, rtol=0, atol=1e-12)
 
@@ -245,32 +304,48 @@ def test_the_sequence_weight_gives_the_exact_gradient_with_any_baseline(seed, ba
 def test_a_constant_reward_has_no_gradient_with_the_weight_and_has_one_without(seed):
     pi, theta, old, mu = engines(seed)
     one = torch.ones(len(YS), dtype=torch.float64)
-    g = lambda o: gradient(lambda p: -expected_loss(o.loss, pi(p), old, mu, one, YS.response_mask), theta)
+
+    def g(o):
+        batch = dict(logp_old=old, logp_mu=mu, response_mask=YS.response_mask)
+        return expected_step(o.loss, pi, theta, advantage=one, **batch)
+
     assert g(REINFORCE).norm() < 1e-13 and g(SEQUENCE).norm() < 1e-13
     assert g(Objective(weight="none", truncation=None, clip=None)).norm() > 1e-3
 
 
 @pytest.mark.parametrize("G", [2, 3, 4])
 def test_the_group_mean_scales_the_expected_gradient(G):
-    "All groups of G responses, each with its probability under mu: E[gradient] = (G - 1)/G of that with the exact baseline."
-    ys = list_responses(vocab=2, T=3)                     # 4 responses
+    """All groups of G responses, each with its probability under mu: E[gradient] = (G - 1)/G of
+    that with the exact baseline.
+    """
+    ys = list_responses(vocab=2, T=3)  # 4 responses
     pi = TablePolicy(ys)
     old = pi.init(0)
     theta, mu = old + 0.2 * pi.init(1), ys.gather(noisy(pi.table(old), 0.3, 2))
     reward = random_reward(ys, 3)
-    members = torch.cartesian_prod(*[torch.arange(len(ys))] * G).reshape(-1)                 # [number of groups * G]
+    members = torch.cartesian_prod(*[torch.arange(len(ys))] * G).reshape(
+        -1
+    )  # [number of groups * G]
     group = torch.arange(len(members)) // G
     p_group = mu.sum(-1)[members].view(-1, G).sum(-1).exp()
     assert float(p_group.sum()) == pytest.approx(1, abs=1e-12)
     a = REINFORCE.advantages(reward[members], group) * p_group[group]
 
-    def grouped(p): return REINFORCE.loss(pi(p)[members], pi(old)[members], mu[members], a, ys.response_mask[members], G)
+    listed = dict(logp_old=pi(old), logp_mu=mu, response_mask=ys.response_mask)
 
-    exact = lambda p: expected_loss(REINFORCE.loss, pi(p), pi(old), mu, reward - expectation(mu, reward), ys.response_mask)
-    torch.testing.assert_close(gradient(grouped, theta), (G - 1) / G * gradient(exact, theta), rtol=1e-12, atol=1e-14)
+    def grouped(p):
+        batch = {name: x[members] for name, x in (listed | {"logp": pi(p)}).items()}
+        return -REINFORCE.loss(**batch, advantage=a, count=G)
+
+    A = reward - expectation(mu, reward)
+    exact = expected_step(REINFORCE.loss, pi, theta, advantage=A, **listed)
+    # sums of up to 4^4 groups of 4 responses, rounded at 1e-16 each
+    torch.testing.assert_close(
+        gradient(grouped, theta), (G - 1) / G * exact, rtol=1e-12, atol=1e-14
+    )
 
 
-# ---------------------------------------------------------------------------------------------- advantages
+# ------------------------------------------------------------ advantages
 @PROPERTY
 @given(seeds, st.integers(1, 5), st.integers(1, 6), st.booleans())
 def test_group_advantage_is_a_loop_over_groups(seed, groups, G, std):
@@ -285,9 +360,13 @@ def test_group_advantage_is_a_loop_over_groups(seed, groups, G, std):
             assert equal[i] and (a[group == k] == 0).all()
         else:
             assert not equal[i]
-            torch.testing.assert_close(a[group == k], want / want.pow(2).mean().sqrt() if std else want)
+            torch.testing.assert_close(
+                a[group == k], want / want.pow(2).mean().sqrt() if std else want
+            )
     # any constant added to the rewards of one prompt is forgotten
-    torch.testing.assert_close(group_advantage(reward + group.double(), group, std), a, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        group_advantage(reward + group.double(), group, std), a, rtol=0, atol=1e-12
+    )
 
 
 def test_group_advantage_on_literals():
@@ -296,48 +375,75 @@ def test_group_advantage_on_literals():
     assert group_advantage(reward, group, std=True).tolist() == [1, -1, -1, 1, 0, 0]
     assert equal_groups(reward, group).tolist() == [False, True]
     # 0.1 three times has a mean that is not 0.1 in floating point
-    assert (group_advantage(torch.full((3,), 0.1, dtype=torch.float64), torch.zeros(3).long(), std=True) == 0).all()
+    assert (
+        group_advantage(torch.full((3,), 0.1, dtype=torch.float64), torch.zeros(3).long(), std=True)
+        == 0
+    ).all()
     assert group_advantage(torch.tensor([1, 0]), torch.tensor([0, 0])).tolist() == [0.5, -0.5]
     assert group_advantage(torch.zeros(0), torch.zeros(0).long()).shape == (0,)
     assert group_advantage(reward.bfloat16(), group).dtype == torch.float32
     for wrong in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"response 1 is"): group_advantage(torch.tensor([0.0, wrong]), torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match=r"\[B\]"): group_advantage(torch.zeros(2, 1), torch.zeros(2, 1).long())
+        with pytest.raises(ValueError, match=r"response 1 is"):
+            group_advantage(torch.tensor([0.0, wrong]), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match=r"\[B\]"):
+        group_advantage(torch.zeros(2, 1), torch.zeros(2, 1).long())
 
 
-# ---------------------------------------------------------------------------------------------- statistics and refusals
+# ------------------------------------------------------------ statistics and refusals
 def test_stats_on_literals():
-    logs = lambda *x: torch.tensor([x], dtype=torch.float64).log()
+    def logs(*x):
+        return torch.tensor([x], dtype=torch.float64).log()
+
     #            kept       clipped high  truncated    off the mask
     logp, old, mu = logs(0.5, 0.6, 0.5, 0.9), logs(0.5, 0.4, 0.5, 0.1), logs(0.4, 0.5, 0.05, 0.001)
     mask = torch.tensor([[True, True, True, False]])
-    loss, s = MINIRL(logp, old, mu, torch.tensor([0.5]), mask)
-    assert s["truncated"] == s["clip_high"] == s["zero_gradient"] == pytest.approx(1 / 3) and s["clip_low"] == 0
-    assert s["weight/max"] == pytest.approx(10) and s["staleness/max"] == pytest.approx(1.5) and s["discrepancy/min"] == pytest.approx(0.8)
+    batch = dict(logp=logp, logp_old=old, logp_mu=mu, response_mask=mask)
+    loss, s = MINIRL(**batch, advantage=torch.tensor([0.5]))
+    assert (
+        s["truncated"] == s["clip_high"] == s["zero_gradient"] == pytest.approx(1 / 3)
+        and s["clip_low"] == 0
+    )
+    assert (
+        s["weight/max"] == pytest.approx(10)
+        and s["staleness/max"] == pytest.approx(1.5)
+        and s["discrepancy/min"] == pytest.approx(0.8)
+    )
     assert float(loss) == pytest.approx(-0.5 * (1.25 * math.log(0.5) + 5 * math.log(0.5)))
-    need = {"truncated", "clip_high", "clip_low", *(f"{a}/{b}" for a in ("discrepancy", "staleness", "weight")
-                                                     for b in ("k1", "k3", "ess", "min", "max"))}
+    need = {
+        "truncated",
+        "clip_high",
+        "clip_low",
+        *(
+            f"{a}/{b}"
+            for a in ("discrepancy", "staleness", "weight")
+            for b in ("k1", "k3", "ess", "min", "max")
+        ),
+    }
     assert need <= s.keys() and all(type(v) is float for v in s.values())
-    assert MINIRL(logp, old, mu, torch.tensor([0.0]), mask)[1]["zero_gradient"] == 1
-    assert replace(MINIRL, clip=None)(logp, old, mu, torch.tensor([-0.5]), mask)[1]["clip_low"] == 0
+    assert MINIRL(**batch, advantage=torch.tensor([0.0]))[1]["zero_gradient"] == 1
+    unclipped = replace(MINIRL, clip=None)
+    assert unclipped(**batch, advantage=torch.tensor([-0.5]))[1]["clip_low"] == 0
 
 
 def test_no_gradient_but_through_logp_and_none_from_the_statistics():
     b = make(4)
-    args = [x.clone().requires_grad_() for x in (b.logp, b.logp_old, b.logp_mu, b.advantage)]
-    loss, _ = MINIRL(*args, b.mask)
+    for x in (b.logp, b.logp_old, b.logp_mu, b.advantage):
+        x.requires_grad_()
+    loss, _ = MINIRL(**b.named())
     loss.backward()
-    assert args[0].grad.abs().sum() > 0 and args[1].grad is None and args[2].grad is None
+    assert b.logp.grad.abs().sum() > 0 and b.logp_old.grad is None and b.logp_mu.grad is None
 
 
 def test_degenerate_batches():
     b = make(5)
     loss, g = loss_and_grad(MINIRL, replace(b, advantage=torch.zeros_like(b.advantage)))
     assert float(loss) == 0 and (g == 0).all()
-    loss, g = loss_and_grad(CISPO, replace(b, mask=torch.zeros_like(b.mask)))
+    loss, g = loss_and_grad(CISPO, replace(b, response_mask=torch.zeros_like(b.response_mask)))
     assert float(loss) == 0 and (g == 0).all()
     # an untruncated sequence weight may overflow: without advantage it must not become inf * 0
-    far = replace(b, logp_mu=b.logp - 500, advantage=torch.tensor([0.0, 0, 0, 0, 0, 1e-300])).to(torch.float32)
+    far = replace(b, logp_mu=b.logp - 500, advantage=torch.tensor([0.0, 0, 0, 0, 0, 1e-300])).to(
+        torch.float32
+    )
     loss, g = loss_and_grad(SEQUENCE, far)
     assert g[:5].isfinite().all()
 
@@ -346,25 +452,38 @@ def test_degenerate_batches():
 def test_a_nan_on_a_response_token_reaches_the_loss(b_nan):
     b = make(6)
     b.advantage[:] = 1.0
-    row, column = b.mask.nonzero()[0]
+    row, column = b.response_mask.nonzero()[0]
     getattr(b, b_nan)[row, column] = math.nan
     for objective in MANY:
-        uses = {"logp": True, "logp_old": objective.clip is not None or objective.weight not in ("pi/mu", "none", "sequence"),
-                "logp_mu": objective.weight in ("pi/mu", "sequence", "old/mu")}[b_nan]
-        _, s = objective(*b)
-        assert any(math.isnan(v) for v in s.values())     # the statistics always show it
+        uses = {
+            "logp": True,
+            "logp_old": objective.clip is not None
+            or objective.weight not in ("pi/mu", "none", "sequence"),
+            "logp_mu": objective.weight in ("pi/mu", "sequence", "old/mu"),
+        }[b_nan]
+        _, s = objective(**b.named())
+        assert any(math.isnan(v) for v in s.values())  # the statistics always show it
         if uses and not (b_nan == "logp_old" and objective.weight in ("pi/mu", "sequence")):
-            assert not torch.isfinite(objective.loss(*b)), objective
+            assert not torch.isfinite(objective.loss(**b.named())), objective
 
 
 def test_what_is_refused():
     b = make(7)
-    for name, value in (("weight", "mu/pi"), ("advantage", "median"), ("normalizer", "x"), ("truncation_of", "x"), ("truncation", "tis:5"),
-                        ("clip", 0.2)):
-        with pytest.raises(ValueError, match=f"{name} = {value!r}"): Objective(**{name: value})
-    with pytest.raises(ValueError, match=r"\(5,\).*\[6\]"): MINIRL.loss(b.logp, b.logp_old, b.logp_mu, b.advantage[:5], b.mask)
+    for name, value in (
+        ("weight", "mu/pi"),
+        ("advantage", "median"),
+        ("normalizer", "x"),
+        ("truncation_of", "x"),
+        ("truncation", "tis:5"),
+        ("clip", 0.2),
+    ):
+        with pytest.raises(ValueError, match=f"{name} = {value!r}"):
+            Objective(**{name: value})
+    with pytest.raises(ValueError, match=r"\(5,\).*\[6\]"):
+        MINIRL.loss(**b.named(advantage=b.advantage[:5]))
     for count in (0, -3, math.nan):
-        with pytest.raises(ValueError, match="count"): MINIRL.loss(*b, count=count)
+        with pytest.raises(ValueError, match="count"):
+            MINIRL.loss(**b.named(), count=count)
 
 
 def test_presets_are_the_papers_settings():
@@ -377,10 +496,23 @@ def test_presets_are_the_papers_settings():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
 def test_on_an_accelerator():
     b = make(8, B=32, T=32)
-    on = type(b)(*(x.cuda() for x in b))
+    on = b.map(lambda x: x.cuda())
     for objective in MANY:
         for here, there in zip(loss_and_grad(objective, b), loss_and_grad(objective, on)):
             torch.testing.assert_close(there.cpu(), here, rtol=1e-11, atol=1e-13)
-        assert objective.stats(*on) == {k: pytest.approx(v, rel=1e-9, abs=1e-12) for k, v in objective.stats(*b).items()}
+        assert objective.stats(**on.named()) == {
+            k: pytest.approx(v, rel=1e-9, abs=1e-12)
+            for k, v in objective.stats(**b.named()).items()
+        }
     reward, group = torch.rand(32), torch.arange(32) // 8
-    torch.testing.assert_close(group_advantage(reward.cuda(), group.cuda(), True).cpu(), group_advantage(reward, group, True))
+    torch.testing.assert_close(
+        group_advantage(reward.cuda(), group.cuda(), True).cpu(),
+        group_advantage(reward, group, True),
+    )
+
+
+@pytest.mark.parametrize("call", ["__call__", "loss", "stats", "coefficient"])
+def test_tensors_of_one_shape_cannot_be_passed_by_position(call):
+    b = make(9)
+    with pytest.raises(TypeError, match="positional"):
+        getattr(MINIRL, call)(b.logp, b.logp_old, b.logp_mu, b.advantage, b.response_mask)
