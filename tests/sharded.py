@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from minirl_nb.batch import Ragged
-from minirl_nb.policy import pack_attention, token_logprobs
+from minirl_nb.packed import pack_attention
+from minirl_nb.policy import token_logprobs
 from minirl_nb.routing import compare, record, replay
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minirl_nb import fp8, routing
+from minirl_nb import e4m3, fp8, routing
 from minirl_nb.policy import token_logprobs
 from minirl_nb.weights import ratio_stats
 
@@ -101,7 +101,7 @@ def test_weights_round_like_the_casts(kind, experts, n, k, size, seed, dtype):
 @pytest.mark.parametrize("shape", [(700, 600), (40, 64, 64), (2, 600, 300)])
 def test_large_weights_are_rounded_in_pieces_without_a_seam(kind, shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    assert w.numel() > fp8._PIECE
+    assert w.numel() > e4m3.PIECE
     assert same_bits(fp8.round_weight_(w.clone(), kind), reference(w, kind))
     t = w.mT.contiguous()
     fp8.round_weight_(t.mT, kind)                                          # a view that is not contiguous is rounded in place
@@ -370,7 +370,7 @@ def test_every_moe_family_of_transformers_is_emulated_or_refused_by_name(family)
         return
     try: routers = routing.routers(model)
     except TypeError: routers = {}        # doge cannot be replayed
-    blocks = {n for n, m in model.named_modules() if fp8._is_experts(m)}
+    blocks = {n for n, m in model.named_modules() if fp8.is_experts(m)}
     inside = lambda n, r: n == r or (n.startswith(r + ".") and not any(b.startswith(r + ".") for b in blocks))
     assert not [n for n in fp8.targets(model)[0] if any(inside(n, r) for r in routers)], "a router must not be rounded"
     tokens = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from minirl_nb import policy
+from minirl_nb import packed, policy
 from minirl_nb.batch import Ragged, Rollout
-from minirl_nb.policy import BOUNDS, pack_attention, token_logprobs
+from minirl_nb.packed import BOUNDS, pack_attention
+from minirl_nb.policy import token_logprobs
 from minirl_nb.routing import compare, record, replay
 
 VOCAB = 48
@@ -70,7 +71,7 @@ def test_every_moe_family_packs_or_is_refused(family):
                                      (WINDOW_NOT_PASSED, "against the same row alone")) if family in names), None)
     if words:
         with pytest.raises(NotImplementedError, match=f"{type(model).__name__} .*{words}"): pack_attention(model)
-        assert model.config._attn_implementation == how and model not in policy._packable
+        assert model.config._attn_implementation == how and model not in policy.BOUNDS_OF
         return
     pack_attention(model)
     tokens, length, mask = rows()
@@ -101,7 +102,7 @@ def test_attention_in_bounds_is_attention_under_the_whole_mask(lengths, window, 
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 4 // kv, True
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)[None, None, None]
-    out = policy._in_bounds(module, q, k, v, bounds, scaling=0.3, sliding_window=window)[0]
+    out = packed._attend_within_bounds(module, q, k, v, bounds, scaling=0.3, sliding_window=window)[0]
     row, at = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), torch.arange(n)
     mask = (row == row[:, None]) & (at <= at[:, None])
     if window: mask &= at > at[:, None] - window
@@ -117,7 +118,7 @@ def test_attention_in_bounds_is_attention_under_the_whole_mask(lengths, window, 
 def test_attention_that_torch_does_not_have_is_refused():
     bounds = torch.tensor([0, 2], dtype=torch.int32)[None, None, None]
     x = torch.randn(1, 1, 2, 4)
-    with pytest.raises(NotImplementedError, match="softcap"): policy._in_bounds(torch.nn.Module(), x, x, x, bounds, softcap=30.0)
+    with pytest.raises(NotImplementedError, match="softcap"): packed._attend_within_bounds(torch.nn.Module(), x, x, x, bounds, softcap=30.0)
 
 
 def test_padded_forwards_are_as_before_and_the_name_is_not_saved(tmp_path):

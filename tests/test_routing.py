@@ -81,7 +81,7 @@ def test_an_unknown_router_can_be_given_an_adapter(monkeypatch):
     model = torch.nn.Sequential(OwnGate())
     with pytest.raises(TypeError, match="has no router"): routers(model)
     monkeypatch.setitem(routing.ADAPTERS, "OwnGate", routing.Adapter(experts="score.out_features", top_k="score.missing"))
-    with pytest.raises(TypeError, match="OwnGate does not say its number of experts a token"): routers(model)
+    with pytest.raises(TypeError, match="OwnGate does not say its number of experts per token"): routers(model)
     model[0].two = 2
     monkeypatch.setitem(routing.ADAPTERS, "OwnGate", routing.Adapter(experts="score.out_features", top_k="two"))
     routes = drawn(shape=(1, 5), layers=1, k=2, experts=6)
