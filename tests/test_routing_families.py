@@ -369,7 +369,8 @@ def table():
         "# Routing replay, family by family",
         "",
         "Measured by `tests/test_routing_families.py` with transformers "
-        f"{transformers.__version__} on tiny models with random weights, one for each family that has a causal language model "
+        f"{transformers.__version__} on tiny models with random weights, one "
+        "for each family that has a causal language model "
         f"with routed experts: {len(rows)} found, {len(good)} pass, {len(rows) - len(good)} "
         "refused or failing. L: routers of the tiny model; E: experts; K: experts a token.",
         "",
