@@ -1,7 +1,4 @@
-"""Rows laid one behind the other:
-
-log-probabilities, gradients, routes and memory against rows with padding.
-"""
+"""Rows one behind the other: log-probabilities, gradients and routes against rows with padding."""
 
 import json
 

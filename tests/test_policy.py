@@ -1,7 +1,4 @@
-"""Engineering tests of policy:
-
-values and gradients against log_softmax, alignment, padding, families, memory.
-"""
+"""Log-probabilities against log_softmax: values, gradients, alignment, padding, memory."""
 
 import copy
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from test_routing import drawn, qwen, tokens
 
 from minirl_nb import routing
 from minirl_nb.routing import record, replay, routers

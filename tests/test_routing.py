@@ -1,7 +1,4 @@
-"""Record and replay under what training does to a model:
-
-checkpointing, autocast, compilation, sharding, padding, nesting, faults.
-"""
+"""Record and replay under checkpointing, autocast, compilation, sharding, nesting and faults."""
 
 import copy
 import gc

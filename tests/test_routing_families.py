@@ -1,8 +1,9 @@
-"""Record and replay in every family of transformers with routed experts:
-`data/routing_conformance.md` is what this file measures.
+"""Record and replay in every family of transformers with routed experts.
 
-pytest tests/test_routing_families.py            # measure, and require the stored table
-python tests/test_routing_families.py            # measure, and write it
+This file measures `data/routing_conformance.md`:
+
+    pytest tests/test_routing_families.py            # measure, and require the stored table
+    python tests/test_routing_families.py            # measure, and write it
 """
 
 import functools
@@ -369,10 +370,10 @@ def table():
         "# Routing replay, family by family",
         "",
         "Measured by `tests/test_routing_families.py` with transformers "
-        f"{transformers.__version__} on tiny models with random weights, one "
-        "for each family that has a causal language model "
-        f"with routed experts: {len(rows)} found, {len(good)} pass, {len(rows) - len(good)} "
-        "refused or failing. L: routers of the tiny model; E: experts; K: experts a token.",
+        f"{transformers.__version__} on tiny models with random weights, one for each family that "
+        "has a causal language model with routed experts: "
+        f"{len(rows)} found, {len(good)} pass, {len(rows) - len(good)} refused or failing. "
+        "L: routers of the tiny model; E: experts; K: experts a token.",
         "",
     ]
     lines += [f"- ({name}) {text}" for name, text in CHECKS.items()]
