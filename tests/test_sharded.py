@@ -1,4 +1,7 @@
-"""A model that FSDP2 and expert parallelism split over two processes, against the same model in one: see sharded.py."""
+"""A model that FSDP2 and expert parallelism split over two processes, against the same model in
+one: see sharded.py.
+"""
+
 import json
 import os
 import subprocess
@@ -18,13 +21,38 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in ("untied", "tied"):
         torch.manual_seed(0)
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(
-            vocab_size=48, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, initializer_range=0.2,
-            tie_word_embeddings=name == "tied")).save_pretrained(folder / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "sharded.py"),
-               str(folder), *CASES]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(HERE.parent)}
+        Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                vocab_size=48,
+                hidden_size=32,
+                intermediate_size=32,
+                moe_intermediate_size=16,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                num_experts=8,
+                num_experts_per_tok=2,
+                initializer_range=0.2,
+                tie_word_embeddings=name == "tied",
+            )
+        ).save_pretrained(folder / name)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(HERE / "sharded.py"),
+        str(folder),
+        *CASES,
+    ]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": str(HERE.parent),
+    }
     out = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert out.returncode == 0, out.stderr[-4000:]
     lines = [json.loads(line) for line in out.stdout.splitlines() if line.startswith("[{")]
@@ -35,7 +63,8 @@ def results(tmp_path_factory):
 def test_sharded_log_probabilities_routes_and_gradients_are_those_of_one_process(results, name):
     mixed = "mixed" in name
     for rank in results[name]:
-        # float32: sums of some hundred terms in another order, sixteen roundings of 2^-23; bfloat16 layers have eight bits in ten places
+        # float32: sums of some hundred terms in another order, sixteen roundings of 2^-23;
+        # bfloat16 layers have eight bits in ten places
         assert rank["flips"] == 0 or mixed
         for kind in ("live 0", "live 1", "replay 0", "replay 1"):
             r = rank[kind]
