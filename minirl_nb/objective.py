@@ -91,7 +91,7 @@ def equal_groups(
     smallest = r.new_full((len(numbers),), torch.inf).scatter_reduce(0, index, r, "amin")
     return largest == smallest
 
-# %% ../nbs/04_objective.ipynb #2adffec6
+# %% ../nbs/04_objective.ipynb #3678881c
 Advantage = Literal["mean", "mean_std", "none"]
 Normalizer = Literal["responses", "response_length", "tokens"]
 TruncationOf = Literal["weight", "discrepancy"]
@@ -195,8 +195,10 @@ class Objective:
             response_mask=response_mask,
         )
         n = max(self.count(response_mask), 1) if count is None else count
-        # where, not a product: off the mask a log-probability may be anything, and 0 * inf is not 0
-        return -torch.where(response_mask.bool(), c * logp, 0.0).sum() / n
+        # where, not a product: off the mask a log-probability may be anything, and on it -inf where
+        # the coefficient is zero (clipped, or without advantage); 0 * inf is not 0. NaN stays NaN
+        counts = response_mask.bool() & ~((c == 0) & logp.isinf())
+        return -torch.where(counts, c * logp, 0.0).sum() / n
 
     @torch.no_grad()
     def stats(

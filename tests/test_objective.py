@@ -516,3 +516,41 @@ def test_tensors_of_one_shape_cannot_be_passed_by_position(call):
     b = make(9)
     with pytest.raises(TypeError, match="positional"):
         getattr(MINIRL, call)(b.logp, b.logp_old, b.logp_mu, b.advantage, b.response_mask)
+
+
+# ------------------------------------------------------------ infinities, parts and ranks
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("why", ["clipped", "no advantage"])
+def test_a_token_without_gradient_may_have_probability_zero(name, why):
+    "Its term is 0 x inf: the loss and all gradients must be those of the batch without it."
+    objective = PRESETS[name]
+    b = make(10, B=4, T=5)
+    b = replace(b, response_mask=torch.ones(4, 5, dtype=torch.bool))
+    b.advantage[0] = 0.0 if why == "no advantage" else -1.0
+    b.logp[0] = b.logp_old[0]
+    logp = b.logp.clone()
+    logp[0, 2] = -math.inf
+    (_, finite), (loss, g) = (
+        loss_and_grad(objective, b),
+        loss_and_grad(objective, replace(b, logp=logp)),
+    )
+    # GSPO clips the response as one, GRPO and MiniRL the token; CISPO keeps a clamped weight
+    unclipped = why == "clipped" and name == "cispo"
+    assert unclipped or torch.isfinite(loss), loss
+    assert torch.isfinite(g).all()
+    torch.testing.assert_close(g[1:], finite[1:])
+    assert unclipped or g[0, 2] == 0
+
+
+@PROPERTY
+@given(batches, st.sampled_from(MANY), st.lists(st.integers(0, 8), min_size=1, max_size=5))
+def test_any_split_over_ranks_and_micro_batches_is_the_whole(b, objective, sizes):
+    "Ranks hold any number of responses, none included; each divides by the count of the whole."
+    loss, g = loss_and_grad(objective, b)
+    ends = torch.tensor(sizes).cumsum(0).clamp(max=len(b.logp)).tolist()
+    cuts = [0, *ends, len(b.logp)]
+    parts = [b.rows(slice(i, j)) for i, j in zip(cuts, cuts[1:])]
+    n = max(sum(objective.count(p.response_mask) for p in parts), 1)
+    got = [loss_and_grad(objective, p, n) for p in parts]
+    torch.testing.assert_close(sum(x for x, _ in got), loss, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(torch.cat([x for _, x in got]), g, rtol=1e-13, atol=0)
