@@ -23,13 +23,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase,
-                          Qwen3MoeConfig, Qwen3MoeForCausalLM)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from .policy import token_logprobs
 from .tasks import Problem, data_path, encode_prompt, load, rows, verify_arithmetic
 
-# %% ../nbs/12_coldstart.ipynb #0f4604d3
+# %% ../nbs/12_coldstart.ipynb #21d766b2
 def _columns(a: int, b: int) -> tuple[str, str]:
     "Splits b: a * tens + a * ones."
     p, q, t, u = a // 10 * 10, a % 10, b // 10 * 10, b % 10
@@ -49,29 +56,40 @@ def _running(a: int, b: int) -> tuple[str, str]:
 
 
 TEACHERS: dict[str, tuple[Callable[[int, int], tuple[str, str]], ...]] = {
-    "columns": (_columns,), "rows": (_rows,), "running": (_running,), "mixed": (_columns, _rows, _running)}
+    "columns": (_columns,),
+    "rows": (_rows,),
+    "running": (_running,),
+    "mixed": (_columns, _rows, _running),
+}
 
 
 def teach(problem: Problem, teacher: str, corruption: float, rng: random.Random) -> str:
-    "One response of a teacher to `a*b`: in half of the cases the short chain; each digit is replaced by any with rate `corruption`."
+    """One response of a teacher to `a*b`: in half of the cases the short chain; each digit is
+    replaced by any with rate `corruption`."""
     a, b = map(int, problem.problem.split("*"))
     chain = rng.choice(rng.choice(TEACHERS[teacher])(a, b))
-    return "".join(str(rng.randrange(10)) if c.isdigit() and rng.random() < corruption else c for c in f"{chain}={problem.answer}.")
+    return "".join(
+        str(rng.randrange(10)) if c.isdigit() and rng.random() < corruption else c
+        for c in f"{chain}={problem.answer}."
+    )
 
-# %% ../nbs/12_coldstart.ipynb #6a8b1cba
+# %% ../nbs/12_coldstart.ipynb #0e0d656f
 @dataclass
 class ColdStartConfig:
     "Settings of a supervised cold start (`train`)."
+
     output: str = "runs/coldstart"
     """Folder for the checkpoint, in Hugging Face format; it must not hold one already."""
     model: str | None = None
-    """Hugging Face model folder or name to start from; none makes a small Qwen3-MoE with random weights (`tiny_moe`)."""
+    """Hugging Face model folder or name to start from; none makes a small Qwen3-MoE with random
+    weights (`tiny_moe`)."""
     task: str = "arithmetic"
     """Task whose training problems the teacher solves; its tokenizer goes with a new model."""
     traces: str | None = None
     """JSONL file with `prompt` and `response` in each line, in place of a built-in teacher."""
     teacher: str = "columns"
-    """Built-in teacher of the arithmetic task, by how it splits a product: columns, rows, running, or mixed (all three)."""
+    """Built-in teacher of the arithmetic task, by how it splits a product: columns, rows, running,
+    or mixed (all three)."""
     corruption: float = 0.05
     """Share of the digits in a teacher's response that are replaced by a random digit."""
     traces_per_problem: int = 16
@@ -81,7 +99,8 @@ class ColdStartConfig:
     batch_size: int = 128
     """Traces in each step."""
     lr: float = 6e-3
-    """Highest learning rate, reached after `warmup` steps; a cosine takes it down to a twentieth."""
+    """Highest learning rate, reached after `warmup` steps; a cosine takes it down to a twentieth.
+    """
     warmup: int = 50
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -99,23 +118,45 @@ class ColdStartConfig:
         if self.traces is None and self.teacher not in TEACHERS:
             raise ValueError(f"teacher = {self.teacher!r}: there are {', '.join(TEACHERS)}")
         for name in ("traces_per_problem", "steps", "batch_size", "log_every"):
-            if getattr(self, name) < 1: raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if not 0 <= self.corruption <= 1: raise ValueError(f"corruption = {self.corruption} must lie in [0, 1]")
-        if not self.lr > 0: raise ValueError(f"lr = {self.lr} must be positive")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.corruption <= 1:
+            raise ValueError(f"corruption = {self.corruption} must lie in [0, 1]")
+        if not self.lr > 0:
+            raise ValueError(f"lr = {self.lr} must be positive")
 
 
-def tiny_moe(vocab_size: int, eos_token_id: int, pad_token_id: int, positions: int = 128) -> Qwen3MoeForCausalLM:
-    "A Qwen3-MoE of a third of a million parameters with random weights (drawn from torch's global generator), float32."
-    config = Qwen3MoeConfig(vocab_size=vocab_size, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                            head_dim=16, num_experts=16, num_experts_per_tok=2, norm_topk_prob=True, moe_intermediate_size=32,
-                            intermediate_size=128, tie_word_embeddings=False, max_position_embeddings=positions,
-                            bos_token_id=None, eos_token_id=eos_token_id, pad_token_id=pad_token_id, dtype="float32")
+def tiny_moe(
+    vocab_size: int, eos_token_id: int, pad_token_id: int, positions: int = 128
+) -> Qwen3MoeForCausalLM:
+    """A Qwen3-MoE of a third of a million parameters with random weights (drawn from torch's global
+    generator), float32."""
+    config = Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        moe_intermediate_size=32,
+        intermediate_size=128,
+        tie_word_embeddings=False,
+        max_position_embeddings=positions,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        dtype="float32",
+    )
     return Qwen3MoeForCausalLM(config)
 
-# %% ../nbs/12_coldstart.ipynb #db59f250
+# %% ../nbs/12_coldstart.ipynb #45d9404c
 @dataclass
 class Trace:
     "A prompt and a response in tokens, the end token included."
+
     prompt: list[int]
     response: list[int]
 
@@ -123,10 +164,23 @@ class Trace:
 def _teacher_traces(config: ColdStartConfig, tokenizer) -> list[Trace]:
     task, rng = load(config.task), random.Random(config.seed)
     if task.verifier is not verify_arithmetic:
-        raise ValueError(f"the teacher {config.teacher!r} solves the arithmetic task only; give `traces` for task {config.task!r}")
+        raise ValueError(
+            f"the teacher {config.teacher!r} solves the arithmetic task only; "
+            f"give `traces` for task {config.task!r}"
+        )
     prompts = [task.encode(p, tokenizer) for p in task.problems]
-    return [Trace(prompt, list(tokenizer(teach(p, config.teacher, config.corruption, rng), add_special_tokens=False)["input_ids"]))
-            for _ in range(config.traces_per_problem) for p, prompt in zip(task.problems, prompts)]
+    return [
+        Trace(
+            prompt,
+            list(
+                tokenizer(
+                    teach(p, config.teacher, config.corruption, rng), add_special_tokens=False
+                )["input_ids"]
+            ),
+        )
+        for _ in range(config.traces_per_problem)
+        for p, prompt in zip(task.problems, prompts)
+    ]
 
 
 def _file_traces(path: str, tokenizer) -> list[Trace]:
@@ -134,11 +188,20 @@ def _file_traces(path: str, tokenizer) -> list[Trace]:
     for where, row in rows(path):
         for name in ("prompt", "response"):
             if not isinstance(row.get(name), str) or not row[name]:
-                raise ValueError(f"{where}: {name!r} must be a text that is not empty, not {row.get(name)!r:.80}")
-        trace = Trace(encode_prompt(tokenizer, row["prompt"]), list(tokenizer(row["response"], add_special_tokens=False)["input_ids"]))
+                raise ValueError(
+                    f"{where}: {name!r} must be a text that is not empty, not {row.get(name)!r:.80}"
+                )
+        trace = Trace(
+            encode_prompt(tokenizer, row["prompt"]),
+            list(tokenizer(row["response"], add_special_tokens=False)["input_ids"]),
+        )
         if pad != eos and pad in trace.prompt + trace.response:
-            raise ValueError(f"{where}: a symbol of {row['prompt'] + row['response']!r:.80} is not in the tokenizer's vocabulary")
-        if trace.response[-1] != eos: trace.response.append(eos)
+            raise ValueError(
+                f"{where}: a symbol of {row['prompt'] + row['response']!r:.80} is not in the "
+                "tokenizer's vocabulary"
+            )
+        if trace.response[-1] != eos:
+            trace.response.append(eos)
         traces.append(trace)
     return traces
 
@@ -152,17 +215,20 @@ def collate(traces: Sequence[Trace], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens[at < length[:, None]] = torch.tensor([x for t in traces for x in t.prompt + t.response])
     return tokens, (at >= start[:, None]) & (at < length[:, None]), length
 
-# %% ../nbs/12_coldstart.ipynb #9b33fe8d
-def learning_rate(step: int,  # number of the optimiser step, from 0
-                  *,
-                  lr: float,  # the highest rate
-                  steps: int,  # optimiser steps of the whole run
-                  warmup: int = 0,  # first steps, in which the rate rises by lr / parts each
-                  parts: int | None = None,  # None: warmup + 1, so that the first step after the warm-up is the first with `lr`
-                  schedule: str = "constant",  # after the warm-up: "constant", "linear" or "cosine"
-                  floor: float = 0.0,  # share of `lr` at which linear and cosine end, after the last step
-                 ) -> float:
-    """Learning rate of one step: a linear warm-up, then a schedule. Cold starts and runs of RL take theirs from here.
+# %% ../nbs/12_coldstart.ipynb #cdbf275b
+def learning_rate(
+    step: int,  # number of the optimiser step, from 0
+    *,
+    lr: float,  # the highest rate
+    steps: int,  # optimiser steps of the whole run
+    warmup: int = 0,  # first steps, in which the rate rises by lr / parts each
+    parts: int
+    | None = None,  # None: warmup + 1, so that `lr` is first used right after the warm-up
+    schedule: str = "constant",  # after the warm-up: "constant", "linear" or "cosine"
+    floor: float = 0.0,  # share of `lr` at which linear and cosine end, after the last step
+) -> float:
+    """Learning rate of one step: a linear warm-up, then a schedule. Cold starts and runs of RL take
+    theirs from here.
 
     ValueError for an unknown schedule."""
     if step < warmup:
@@ -178,15 +244,25 @@ def learning_rate(step: int,  # number of the optimiser step, from 0
 
 
 def _rate(step: int, config: ColdStartConfig) -> float:
-    "A cold start's learning rate: the last step of the warm-up has the full rate, and a cosine ends at a twentieth of it."
-    return learning_rate(step, lr=config.lr, steps=config.steps, warmup=config.warmup, parts=config.warmup, schedule="cosine",
-                         floor=0.05)
+    """A cold start's learning rate: the last step of the warm-up has the full rate, and a cosine
+    ends at a twentieth of it."""
+    return learning_rate(
+        step,
+        lr=config.lr,
+        steps=config.steps,
+        warmup=config.warmup,
+        parts=config.warmup,
+        schedule="cosine",
+        floor=0.05,
+    )
 
 
 @dataclass
 class ColdStartResult:
-    """What `train` made: the checkpoint's folder, the model and tokenizer, and the metrics that went to metrics.jsonl
-    (step, loss and entropy in nats a token, lr, gradient norm, processor seconds)."""
+    """What `train` made: the checkpoint's folder, the model and tokenizer, and the metrics that
+    went to metrics.jsonl (step, loss and entropy in nats a token, lr, gradient norm, processor
+    seconds)."""
+
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -199,54 +275,93 @@ def _prepare(config: ColdStartConfig):
         try:
             path = data_path(config.model)
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True
+            )
         except (OSError, ValueError) as e:
-            raise FileNotFoundError(f"no model and tokenizer in {config.model!r}: {str(e).strip().splitlines()[0]}") from e
+            raise FileNotFoundError(
+                f"no model and tokenizer in {config.model!r}: {str(e).strip().splitlines()[0]}"
+            ) from e
     else:
         tokenizer = load(config.task).tokenizer
         if tokenizer is None:
-            raise ValueError(f"task {config.task!r} has no tokenizer of its own: give a model to start from")
+            raise ValueError(
+                f"task {config.task!r} has no tokenizer of its own: give a model to start from"
+            )
         model = tiny_moe(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-    traces = _file_traces(config.traces, tokenizer) if config.traces else _teacher_traces(config, tokenizer)
+    traces = (
+        _file_traces(config.traces, tokenizer)
+        if config.traces
+        else _teacher_traces(config, tokenizer)
+    )
     longest = max(len(t.prompt) + len(t.response) for t in traces)
     if longest > (positions := model.config.get_text_config().max_position_embeddings):
-        raise ValueError(f"the longest trace has {longest} tokens, but the model has {positions} positions")
+        raise ValueError(
+            f"the longest trace has {longest} tokens, but the model has {positions} positions"
+        )
     return model, tokenizer, traces
 
 
-def train(config: ColdStartConfig) -> ColdStartResult:
-    """Train on the traces by the mean negative log-likelihood of their response tokens, and save the checkpoint.
+def _optimizer(model, config: ColdStartConfig) -> torch.optim.Optimizer:
+    "AdamW with weight decay on matrices only."
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
 
-    Deterministic for a seed, a machine and a number of threads. Raises ValueError and FileNotFoundError for wrong input before
-    the first step, FloatingPointError with the step for a loss that is not finite; torch's global generator is left as it was."""
+
+def _batches(traces: list[Trace], config: ColdStartConfig):
+    "A batch of traces for each step: permutations of all traces, one after the other."
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(config.steps):
+        while len(order) < config.batch_size:
+            order = torch.cat([order, torch.randperm(len(traces))])
+        yield [traces[i] for i in order[: config.batch_size].tolist()]
+        order = order[config.batch_size :]
+
+
+def train(config: ColdStartConfig) -> ColdStartResult:
+    """Train on the traces by the mean negative log-likelihood of their response tokens, and save
+    the checkpoint.
+
+    Deterministic for a seed, a machine and a number of threads. Raises ValueError and
+    FileNotFoundError for wrong input before the first step, FloatingPointError with the step for a
+    loss that is not finite; torch's global generator is left as it was."""
     output = Path(config.output)
-    if (output / "config.json").exists(): raise FileExistsError(f"{output} holds a checkpoint already; give another output folder")
+    if (output / "config.json").exists():
+        raise FileExistsError(f"{output} holds a checkpoint already; give another output folder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model, tokenizer, traces = _prepare(config)
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=config.lr,
-                                      betas=config.betas, weight_decay=config.weight_decay)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        optimizer = _optimizer(model, config)
+        pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
         model.train()
-        metrics, order, t0 = [], torch.empty(0, dtype=torch.long), time.process_time()
-        for step in range(config.steps):
-            while len(order) < config.batch_size: order = torch.cat([order, torch.randperm(len(traces))])
-            batch, order = order[:config.batch_size].tolist(), order[config.batch_size:]
-            tokens, mask, length = collate([traces[i] for i in batch], pad)
+        metrics, started = [], time.process_time()
+        for step, batch in enumerate(_batches(traces, config)):
+            tokens, mask, length = collate(batch, pad)
             log = step % config.log_every == 0 or step == config.steps - 1
             logp, entropy = token_logprobs(model, tokens, mask, entropy=log)
             loss = -logp.sum() / mask.sum()
-            if not torch.isfinite(loss): raise FloatingPointError(f"cold start, step {step}: the loss is {loss.item()}")
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"cold start, step {step}: the loss is {loss.item()}")
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            for group in optimizer.param_groups: group["lr"] = _rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(step, config)
             optimizer.step()
             optimizer.zero_grad()
             if log:
-                metrics.append({"step": step, "loss": loss.item(), "entropy": (entropy.sum() / mask.sum()).item(),
-                                "lr": _rate(step, config), "grad_norm": norm.item(), "seconds": time.process_time() - t0})
+                row = {
+                    "step": step,
+                    "loss": loss.item(),
+                    "entropy": (entropy.sum() / mask.sum()).item(),
+                }
+                row |= {"lr": _rate(step, config), "grad_norm": norm.item()}
+                metrics.append(row | {"seconds": time.process_time() - started})
         model.eval()
     _save(output, config, model, tokenizer, metrics)
     return ColdStartResult(output, model, tokenizer, metrics)
@@ -256,12 +371,21 @@ def _save(output: Path, config: ColdStartConfig, model, tokenizer, metrics) -> N
     "Write the checkpoint to the side and rename it: a folder of this name is always complete."
     side = output.with_name(output.name + f".{os.getpid()}")
     shutil.rmtree(side, ignore_errors=True)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True,
-                                               temperature=1.0, top_k=0, top_p=1.0)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
     model.save_pretrained(side)
     tokenizer.save_pretrained(side)
-    (side / "coldstart.json").write_text(json.dumps({k: v for k, v in asdict(config).items() if k != "output"}, indent=2) + "\n")
+    (side / "coldstart.json").write_text(
+        json.dumps({k: v for k, v in asdict(config).items() if k != "output"}, indent=2) + "\n"
+    )
     (side / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.is_dir() and not any(output.iterdir()): output.rmdir()
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
     side.rename(output)

@@ -9,7 +9,7 @@ than half. A simulation below would show either to be wrong.
 __all__ = ['CONFIDENCE', 'DRAWS', 'student_quantile', 'resampling', 'bootstrap_interval', 'EvalResult',
            'evaluate', 'Difference', 'paired_difference', 'difference_table']
 
-# %% ../nbs/13_evaluate.ipynb #b7f78aa9
+# %% ../nbs/13_evaluate.ipynb #d92bc8af
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,64 +18,95 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+import minirl_nb.benchmarks  # noqa: F401 - tasks.load then knows the published sets
 from .rollout import Engine, Sampling
 from .tasks import Problem, Task
 
-# %% ../nbs/13_evaluate.ipynb #3e116006
+# %% ../nbs/13_evaluate.ipynb #885ce075
 CONFIDENCE, DRAWS = 0.95, 10_000
 
 
 def student_quantile(q: float, degrees: float) -> float:
-    "Quantile of Student's t, by its expansion around the normal's (good to 0.004 for q = 0.975 and at least 5 degrees of freedom)."
+    """Quantile of Student's t, by its expansion around the normal's (good to 0.004 for q = 0.975
+    and at least 5 degrees of freedom)."""
     z = NormalDist().inv_cdf(q)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2) \
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )
 
 
 def resampling(sizes: Sequence[int], draws: int = DRAWS, seed: int = 0) -> list[Tensor]:
-    """For each benchmark of P problems a float64 matrix [draws, P] that averages a resample: how often each problem was drawn, over P.
+    """For each benchmark of P problems a float64 matrix [draws, P] that averages a resample: how
+    often each problem was drawn, over P.
 
     Problems are drawn within their benchmark, so that each keeps its share in a pooled mean."""
     generator = torch.Generator().manual_seed(seed)
     counts = []
     for P in sizes:
         index = torch.randint(P, (draws, P), generator=generator)
-        counts.append(torch.zeros(draws, P, dtype=torch.float64).scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64)) / P)
+        counts.append(
+            torch.zeros(draws, P, dtype=torch.float64).scatter_add_(
+                1, index, torch.ones_like(index, dtype=torch.float64)
+            )
+            / P
+        )
     return counts
 
 
-def bootstrap_interval(means: Sequence[Tensor],  # for each benchmark the value of each problem: float [..., P_k]
-                       confidence: float = CONFIDENCE,
-                       draws: int = DRAWS,
-                       seed: int = 0,
-                       expand: bool = True,  # correct for small P; without, the plain percentile interval
-                      ) -> tuple[Tensor, Tensor]:  # low, high: float64 [...]
-    """Interval for the mean over benchmarks of the mean over problems (for one benchmark: its accuracy), by resampling problems.
+def bootstrap_interval(
+    means: Sequence[Tensor],  # for each benchmark the value of each problem: float [..., P_k]
+    confidence: float = CONFIDENCE,
+    draws: int = DRAWS,
+    seed: int = 0,
+    expand: bool = True,  # correct for small P; without, the plain percentile interval
+) -> tuple[Tensor, Tensor]:  # low, high: float64 [...]
+    """Interval for the mean over benchmarks of the mean over problems (for one benchmark: its
+    accuracy), by resampling problems.
 
-    Leading dimensions are separate experiments. A benchmark of one problem has no spread to resample: its interval is infinite."""
+    Leading dimensions are separate experiments. A benchmark of one problem has no spread to
+    resample: its interval is infinite."""
     sizes = [m.shape[-1] for m in means]
-    if not sizes or min(sizes) < 1: raise ValueError(f"benchmarks of {sizes} problems: there is nothing to resample")
-    if min(sizes) < 2: return tuple(torch.full(means[0].shape[:-1], s * math.inf, dtype=torch.float64) for s in (-1, 1))
-    resampled = sum(m.double() @ w.T for m, w in zip(means, resampling(sizes, draws, seed))) / len(sizes)    # [..., draws]
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"benchmarks of {sizes} problems: there is nothing to resample")
+    if min(sizes) < 2:
+        return tuple(
+            torch.full(means[0].shape[:-1], s * math.inf, dtype=torch.float64) for s in (-1, 1)
+        )
+    resampled = sum(m.double() @ w.T for m, w in zip(means, resampling(sizes, draws, seed))) / len(
+        sizes
+    )  # [..., draws]
     tail = (1 - confidence) / 2
     if expand:
         degrees = sum(sizes) - len(sizes)
-        tail = NormalDist().cdf(-math.sqrt(sum(sizes) / degrees) * student_quantile(1 - tail, degrees))
+        tail = NormalDist().cdf(
+            -math.sqrt(sum(sizes) / degrees) * student_quantile(1 - tail, degrees)
+        )
     # linear interpolation between order statistics
     ordered = resampled.sort(-1).values
-    at = lambda q: torch.lerp(ordered[..., math.floor(q * (draws - 1))], ordered[..., math.ceil(q * (draws - 1))],
-                              q * (draws - 1) % 1)
-    return at(tail), at(1 - tail)
 
-# %% ../nbs/13_evaluate.ipynb #8cf0aeea
+    def quantile(q: float) -> Tensor:
+        place = q * (draws - 1)
+        return torch.lerp(
+            ordered[..., math.floor(place)], ordered[..., math.ceil(place)], place % 1
+        )
+
+    return quantile(tail), quantile(1 - tail)
+
+# %% ../nbs/13_evaluate.ipynb #f38819b2
 @dataclass
 class EvalResult:
     """What a policy scored.
 
-    rewards: for each benchmark [P, n], the reward of sample k on problem i; ids: the problems' ids in the same order.
-    length: for each benchmark the mean number of tokens of a response; cut: the share that hit the length limit.
+    rewards: for each benchmark [P, n], the reward of sample k on problem i; ids: the problems' ids
+        in the same order.
+    length: for each benchmark the mean number of tokens of a response; cut: the share that hit the
+        length limit.
     samples: for each benchmark the first response to each problem, as text.
     """
+
     rewards: dict[str, Tensor]
     ids: dict[str, list[str]]
     length: dict[str, float]
@@ -85,19 +116,32 @@ class EvalResult:
 
     def accuracy(self, name: str | None = None) -> float:
         "Mean accuracy on a benchmark, or the mean of the benchmarks' accuracies."
-        return sum(float(self.rewards[k].double().mean()) for k in self._names(name)) / len(self._names(name))
+        return sum(float(self.rewards[k].double().mean()) for k in self._names(name)) / len(
+            self._names(name)
+        )
 
-    def interval(self, name: str | None = None, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    def interval(
+        self, name: str | None = None, confidence: float = CONFIDENCE
+    ) -> tuple[float, float]:
         "Confidence interval of `accuracy`, by resampling problems, cut to [0, 1]."
-        low, high = bootstrap_interval([self.rewards[k].double().mean(1) for k in self._names(name)], confidence)
+        low, high = bootstrap_interval(
+            [self.rewards[k].double().mean(1) for k in self._names(name)], confidence
+        )
         return max(0.0, float(low)), min(1.0, float(high))
 
     def pass_at(self, k: int, name: str | None = None) -> float:
-        "Probability that at least one of k samples is right, without bias from the n that there are: 1 - C(n-c, k) / C(n, k)."
+        """Probability that at least one of k samples is right, without bias from the n that there
+        are: 1 - C(n-c, k) / C(n, k).
+
+        ValueError for k above n."""
         names, n = self._names(name), self.sampling.n
-        if not 1 <= k <= n: raise ValueError(f"pass@{k} cannot be had from {n} samples a problem")
-        one = lambda c: 1 - math.comb(n - c, k) / math.comb(n, k)
-        return sum(sum(one(c) for c in (self.rewards[b] > 0).sum(1).tolist()) / len(self.rewards[b]) for b in names) / len(names)
+        if not 1 <= k <= n:
+            raise ValueError(f"pass@{k} cannot be had from {n} samples a problem")
+        total = 0.0
+        for b in names:
+            right = (self.rewards[b] > 0).sum(1).tolist()
+            total += sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in right) / len(right)
+        return total / len(names)
 
     def _names(self, name):
         if name is not None and name not in self.rewards:
@@ -105,69 +149,111 @@ class EvalResult:
         return list(self.rewards) if name is None else [name]
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        "Flat numbers for metrics.jsonl: accuracy, length and cut of each benchmark, and the mean accuracy."
+        """Flat numbers for metrics.jsonl: accuracy, length and cut of each benchmark, and the mean
+        accuracy."""
         out = {f"{prefix}accuracy": self.accuracy()}
         for k in self.rewards:
-            out |= {f"{prefix}{k}/accuracy": self.accuracy(k), f"{prefix}{k}/length": self.length[k], f"{prefix}{k}/cut": self.cut[k]}
+            out[f"{prefix}{k}/accuracy"] = self.accuracy(k)
+            out[f"{prefix}{k}/length"] = self.length[k]
+            out[f"{prefix}{k}/cut"] = self.cut[k]
         return out
 
     def table(self) -> str:
-        "A table for a terminal: benchmark, problems, accuracy, its 95% interval, pass@16 (or pass@n), length, share cut."
-        k, rows = min(16, self.sampling.n), []
-        for name in [*self.rewards, *([None] if len(self.rewards) > 1 else [])]:
-            names, (low, high) = self._names(name), self.interval(name)
-            mean = lambda d, names=names: sum(d[b] for b in names) / len(names)
-            rows.append([name or "mean", str(sum(len(self.rewards[b]) for b in names)), f"{self.accuracy(name):.3f}",
-                         f"[{low:.3f}, {high:.3f}]", f"{self.pass_at(k, name):.3f}", f"{mean(self.length):.1f}", f"{mean(self.cut):.3f}"])
-        return _table(["benchmark", "problems", f"mean@{self.sampling.n}", "95% interval", f"pass@{k}", "length", "cut"], rows)
+        """A table for a terminal: benchmark, problems, accuracy, its 95% interval, pass@16 (or
+        pass@n), length, share cut."""
+        k = min(16, self.sampling.n)
+        rows = [self._row(name, k) for name in self.rewards]
+        if len(self.rewards) > 1:
+            rows.append(self._row(None, k))
+        header = [
+            "benchmark",
+            "problems",
+            f"mean@{self.sampling.n}",
+            "95% interval",
+            f"pass@{k}",
+            "length",
+            "cut",
+        ]
+        return _table(header, rows)
+
+    def _row(self, name: str | None, k: int) -> list[str]:
+        names = self._names(name)
+        low, high = self.interval(name)
+        length = sum(self.length[b] for b in names) / len(names)
+        cut = sum(self.cut[b] for b in names) / len(names)
+        return [
+            name or "mean",
+            str(sum(len(self.rewards[b]) for b in names)),
+            f"{self.accuracy(name):.3f}",
+            f"[{low:.3f}, {high:.3f}]",
+            f"{self.pass_at(k, name):.3f}",
+            f"{length:.1f}",
+            f"{cut:.3f}",
+        ]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    line = lambda r: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
+
+    def line(cells):
+        first, *rest = [(cell, width) for cell, width in zip(cells, widths)]
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+
     return "\n".join([line(header), "-" * len(line(header)), *map(line, rows)])
 
-
-def evaluate(engine: Engine,  # whose policy, in whose numerics
-             task: Task,  # verifier, prompts and (where `benchmarks` is not given) benchmarks
-             benchmarks: dict[str, list[Problem]] | None = None,
-             n: int = 32,  # samples a problem
-             temperature: float = 1.0,
-             max_new_tokens: int = 64,
-             seed: int = 0,
-             tokenizer=None,  # the model's, where the task has none of its own
-             world=None,  # `train.World`: ranks that share the problems; every rank gets the whole result
-             each: int = 1,  # neighbouring ranks that share one engine, and so one part of the problems
-            ) -> EvalResult:
-    "Mean accuracy over n samples a problem (the paper's mean@32) on each benchmark. ValueError where there is none."
+# %% ../nbs/13_evaluate.ipynb #363e96cf
+def evaluate(
+    engine: Engine,  # whose policy, in whose numerics
+    task: Task,  # verifier, prompts and (where `benchmarks` is not given) benchmarks
+    benchmarks: dict[str, list[Problem]] | None = None,
+    n: int = 32,  # samples a problem
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    tokenizer=None,  # the model's, where the task has none of its own
+    world=None,  # `train.World`: ranks that share the problems; every rank gets the whole result
+    each: int = 1,  # neighbouring ranks that share one engine, and so one part of the problems
+) -> EvalResult:
+    """Mean accuracy over n samples a problem (the paper's mean@32) on each benchmark. ValueError
+    where there is none."""
     benchmarks = task.benchmarks if benchmarks is None else benchmarks
     if not benchmarks or not all(benchmarks.values()):
-        raise ValueError(f"task {task.name} has no benchmark to evaluate on: give some to tasks.load")
+        raise ValueError(
+            f"task {task.name} has no benchmark to evaluate on: give some to tasks.load"
+        )
     problems = [p for b in benchmarks.values() for p in b]
     mine = slice(0, len(problems)) if world is None else world.share(len(problems), each)
     sampling = Sampling(n=n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    rollout = engine.generate([task.encode(p, tokenizer) for p in problems[mine]], replace(sampling, first=mine.start * n))
+    prompts = [task.encode(p, tokenizer) for p in problems[mine]]
+    rollout = engine.generate(prompts, replace(sampling, first=mine.start * n))
     texts = [task.decode(rollout.response(b).tolist(), tokenizer) for b in range(len(rollout))]
     reward = task.verify_many([problems[mine][g] for g in rollout.group.tolist()], texts)
-    place = torch.argsort(rollout.group, stable=True)                       # rows of a problem together, whatever the engine's order
-    found = (reward[place], rollout.response_length[place].float(), ~rollout.finished[place], [texts[int(i)] for i in place[::n]])
-    found = [found] if world is None else world.gather(found)[::each]
-    reward, size, cut = (torch.cat(x) for x in list(zip(*found))[:3])
-    texts = [t for f in found for t in f[3]]
+    # rows of a problem together, whatever the engine's order
+    place = torch.argsort(rollout.group, stable=True)
+    size = rollout.response_length[place].float()
+    first_texts = [texts[int(i)] for i in place[::n]]
+    parts = [(reward[place], size, ~rollout.finished[place], first_texts)]
+    if world is not None:
+        parts = world.gather(parts[0])[::each]
+    reward, size, cut = (torch.cat(column) for column in list(zip(*parts))[:3])
+    texts = [text for part in parts for text in part[3]]
     result, first = EvalResult({}, {}, {}, {}, {}, sampling), 0
     for name, b in benchmarks.items():
         rows = slice(first * n, (first + len(b)) * n)
         result.rewards[name] = reward[rows].view(len(b), n)
         result.ids[name] = [p.id for p in b]
-        result.length[name], result.cut[name] = float(size[rows].mean()), float(cut[rows].float().mean())
-        result.samples[name] = texts[first:first + len(b)]
+        result.length[name] = float(size[rows].mean())
+        result.cut[name] = float(cut[rows].float().mean())
+        result.samples[name] = texts[first : first + len(b)]
         first += len(b)
     return result
 
-# %% ../nbs/13_evaluate.ipynb #53080351
+# %% ../nbs/13_evaluate.ipynb #50309dcf
 @dataclass
 class Difference:
-    "after - before in accuracy, with its interval; `benchmark` is None for the mean of all benchmarks."
+    """after - before in accuracy, with its interval; `benchmark` is None for the mean of all
+    benchmarks."""
+
     benchmark: str | None
     before: float
     after: float
@@ -175,26 +261,54 @@ class Difference:
     high: float
 
     @property
-    def mean(self) -> float: return self.after - self.before
+    def mean(self) -> float:
+        return self.after - self.before
 
 
-def paired_difference(before: EvalResult, after: EvalResult, confidence: float = CONFIDENCE) -> dict[str | None, Difference]:
-    """Difference in accuracy with its paired interval, for each benchmark and, under the key None, for their mean.
+def paired_difference(
+    before: EvalResult, after: EvalResult, confidence: float = CONFIDENCE
+) -> dict[str | None, Difference]:
+    """Difference in accuracy with its paired interval, for each benchmark and, under the key None,
+    for their mean.
 
-    ValueError where the two were not measured on the same problems (the numbers of samples may differ)."""
+    ValueError where the two were not measured on the same problems (the numbers of samples may
+    differ)."""
     if before.ids != after.ids:
-        name = next((k for k in before.ids | after.ids if before.ids.get(k) != after.ids.get(k)), "(their order)")
-        raise ValueError(f"before and after were not measured on the same problems of benchmark {name}: they cannot be paired")
-    change = {k: after.rewards[k].double().mean(1) - before.rewards[k].double().mean(1) for k in before.rewards}
+        name = next(
+            (k for k in before.ids | after.ids if before.ids.get(k) != after.ids.get(k)),
+            "(their order)",
+        )
+        raise ValueError(
+            f"before and after were not measured on the same problems of benchmark "
+            f"{name}: they cannot be paired"
+        )
+    change = {
+        k: after.rewards[k].double().mean(1) - before.rewards[k].double().mean(1)
+        for k in before.rewards
+    }
     out = {}
     for name in [*change, None]:
-        low, high = bootstrap_interval(list(change.values()) if name is None else [change[name]], confidence)
-        out[name] = Difference(name, before.accuracy(name), after.accuracy(name), float(low), float(high))
+        low, high = bootstrap_interval(
+            list(change.values()) if name is None else [change[name]], confidence
+        )
+        out[name] = Difference(
+            name, before.accuracy(name), after.accuracy(name), float(low), float(high)
+        )
     return out
 
 
 def difference_table(differences: dict[str | None, Difference]) -> str:
-    "The table that ends a run: accuracy before and after, and the paired difference with its 95% interval."
-    rows = [[name or "mean", f"{d.before:.3f}", f"{d.after:.3f}", f"{d.mean:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]"]
-            for name, d in differences.items() if name or len(differences) > 2]
+    """The table that ends a run: accuracy before and after, and the paired difference with its 95%
+    interval."""
+    rows = [
+        [
+            name or "mean",
+            f"{d.before:.3f}",
+            f"{d.after:.3f}",
+            f"{d.mean:+.3f}",
+            f"[{d.low:+.3f}, {d.high:+.3f}]",
+        ]
+        for name, d in differences.items()
+        if name or len(differences) > 2
+    ]
     return _table(["benchmark", "before", "after", "difference", "95% interval"], rows)
