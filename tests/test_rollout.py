@@ -12,12 +12,16 @@ from minirl_nb.policy import token_logprobs
 from minirl_nb.rollout import ParityError, Sampling, TorchEngine, choose, compare_weights, parity
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4], [2]]
-# float32 log-probabilities up to 20: an ulp is 2e-6, and a forward of two layers adds some tens of roundings
+# float32 log-probabilities up to 20: an ulp is 2e-6, and a forward of two layers adds some tens of
+# roundings
 ROUNDING = 2e-5
 
 
 def check_teacher_forced(model, r, temperature=1.0):
-    with torch.no_grad(): logp, _ = token_logprobs(model, r.tokens, r.response_mask, temperature=temperature, entropy=False)
+    with torch.no_grad():
+        logp, _ = token_logprobs(
+            model, r.tokens, r.response_mask, temperature=temperature, entropy=False
+        )
     assert (logp - r.logp_mu).abs().max() < ROUNDING
 
 
@@ -27,7 +31,9 @@ def test_batching_refilling_and_prefill_size_change_nothing(max_batch, prefill, 
     model = tiny_qwen3_moe()
     s = Sampling(n=3, max_new_tokens=20, seed=seed)
     one = TorchEngine(model, routes=True).generate(PROMPTS, s)
-    other = TorchEngine(model, routes=True, max_batch=max_batch, prefill_tokens=prefill).generate(PROMPTS, s)
+    other = TorchEngine(model, routes=True, max_batch=max_batch, prefill_tokens=prefill).generate(
+        PROMPTS, s
+    )
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.finished, other.finished)
     assert torch.equal(one.routes[one.routes_valid], other.routes[other.routes_valid])
     assert (one.logp_mu - other.logp_mu).abs().max() < ROUNDING
@@ -38,12 +44,31 @@ def test_batching_refilling_and_prefill_size_change_nothing(max_batch, prefill, 
 def test_other_families_and_temperatures_agree_with_the_trainer(family, temperature):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = dict(vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
-                 max_position_embeddings=64, pad_token_id=0, eos_token_id=15, bos_token_id=None, initializer_range=0.2)
-    if family != "llama": sizes |= {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    sizes = dict(
+        vocab_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=15,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    if family != "llama":
+        sizes |= {
+            "num_experts": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
-    r = TorchEngine(model, routes=family != "llama").generate(PROMPTS, Sampling(n=4, temperature=temperature, max_new_tokens=20))
+    r = TorchEngine(model, routes=family != "llama").generate(
+        PROMPTS, Sampling(n=4, temperature=temperature, max_new_tokens=20)
+    )
     check_teacher_forced(model, r, temperature)
 
 
@@ -58,38 +83,53 @@ def test_routes_are_those_of_a_forward_of_the_engine_itself(moe):
 
     engine = TorchEngine(moe, fp8="fp8_per_channel", routes=True)
     r = engine.generate(PROMPTS, Sampling(n=2, max_new_tokens=20))
-    with torch.no_grad(), record(engine.model) as recorder: engine.model(r.tokens)
+    with torch.no_grad(), record(engine.model) as recorder:
+        engine.model(r.tokens)
     again = recorder.pop(len(r))
     same = (again.sort(-1).values == r.routes.sort(-1).values).all(-1)[r.routes_valid]
-    assert same.float().mean() > 0.98      # a value on the edge of two E4M3 codes may fall either way; ten seeds, two CPUs: none did
+    assert (
+        same.float().mean() > 0.98
+    )  # a value on the edge of two E4M3 codes may fall either way; ten seeds, two CPUs: none did
     assert r.routes_valid.sum() == (r.length - 1).sum()
 
 
 def test_a_rollout_can_be_trained_on_as_it_is(moe):
     r = TorchEngine(moe, routes=True).generate(PROMPTS, Sampling(n=2, max_new_tokens=8))
     token_logprobs(moe, r.tokens, r.response_mask)[0].sum().backward()
-    assert all(not getattr(r, n).is_inference() for n in ("tokens", "logp_mu", "routes", "length", "group", "finished", "prompt_length"))
+    assert all(
+        not getattr(r, n).is_inference()
+        for n in ("tokens", "logp_mu", "routes", "length", "group", "finished", "prompt_length")
+    )
 
 
 def test_end_token_is_in_the_response_and_cut_responses_are_not_finished(moe):
     r = validate(TorchEngine(moe).generate(PROMPTS, Sampling(n=16, max_new_tokens=12)))
     last = r.tokens[torch.arange(len(r)), r.length - 1]
     assert torch.equal(r.finished, last == 15)
-    assert (r.response_length[~r.finished] == 12).all() and r.finished.any() and not r.finished.all()
+    assert (
+        (r.response_length[~r.finished] == 12).all() and r.finished.any() and not r.finished.all()
+    )
     inside = r.response_mask & (torch.arange(r.tokens.shape[1]) < r.length[:, None] - 1)
     assert not (r.tokens[inside] == 15).any()
 
 
 def test_greedy_is_the_argmax(moe):
     r = TorchEngine(moe).generate(PROMPTS, Sampling(temperature=0.0, max_new_tokens=10))
-    with torch.no_grad(): best = moe(r.tokens).logits.argmax(-1)
-    assert torch.equal(best[:, :-1][r.response_mask[:, 1:]], r.tokens[:, 1:][r.response_mask[:, 1:]])
+    with torch.no_grad():
+        best = moe(r.tokens).logits.argmax(-1)
+    assert torch.equal(
+        best[:, :-1][r.response_mask[:, 1:]], r.tokens[:, 1:][r.response_mask[:, 1:]]
+    )
 
 
 def test_one_seed_one_result_and_streams_differ(moe):
     e = TorchEngine(moe)
-    a, b, c = (e.generate([[5, 6]] * 2, Sampling(n=8, max_new_tokens=12, seed=s)) for s in (3, 3, 4))
-    assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens[:, :a.tokens.shape[1]])
+    a, b, c = (
+        e.generate([[5, 6]] * 2, Sampling(n=8, max_new_tokens=12, seed=s)) for s in (3, 3, 4)
+    )
+    assert torch.equal(a.tokens, b.tokens) and not torch.equal(
+        a.tokens, c.tokens[:, : a.tokens.shape[1]]
+    )
     assert len({tuple(a.response(i).tolist()) for i in range(16)}) > 8
 
 
@@ -99,54 +139,98 @@ def test_choose_never_takes_what_has_no_probability():
     assert set(token.tolist()) == {0, 2} and torch.isfinite(logp).all()
 
 
-@pytest.mark.parametrize("prompts, sampling, words", [
-    ([[1], []], Sampling(), "prompt 1 is empty"),
-    ([[1] * 50], Sampling(max_new_tokens=20), "64 positions"),
-])
+@pytest.mark.parametrize(
+    "prompts, sampling, words",
+    [
+        ([[1], []], Sampling(), "prompt 1 is empty"),
+        ([[1] * 50], Sampling(max_new_tokens=20), "64 positions"),
+    ],
+)
 def test_bad_requests(prompts, sampling, words, moe):
-    with pytest.raises(ValueError, match=words): TorchEngine(moe).generate(prompts, sampling)
+    with pytest.raises(ValueError, match=words):
+        TorchEngine(moe).generate(prompts, sampling)
 
 
 def test_no_prompts_give_no_rows_of_the_right_shape(moe):
     r = TorchEngine(moe, routes=True).generate([], Sampling(n=4))
     some = TorchEngine(moe, routes=True).generate([[1, 2]], Sampling(n=2, max_new_tokens=3))
-    assert len(r) == 0 and r.routes.shape[2:] == some.routes.shape[2:] and r.routes.dtype == some.routes.dtype
+    assert (
+        len(r) == 0
+        and r.routes.shape[2:] == some.routes.shape[2:]
+        and r.routes.dtype == some.routes.dtype
+    )
     validate(r)
 
 
 def test_a_call_may_start_at_any_request(moe):
-    "Two calls for halves of the prompts, the second told where it starts, sample what one call samples."
+    """Two calls for halves of the prompts, the second told where it starts, sample what one call
+    samples."""
     engine, prompts = TorchEngine(moe), [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     whole = engine.generate(prompts, Sampling(n=2, max_new_tokens=12, seed=5))
     for a, b in ((0, 1), (1, 3)):
         part = engine.generate(prompts[a:b], Sampling(n=2, max_new_tokens=12, seed=5, first=2 * a))
-        for row in range(len(part)): assert part.response(row).tolist() == whole.response(2 * a + row).tolist()
+        for row in range(len(part)):
+            assert part.response(row).tolist() == whole.response(2 * a + row).tolist()
 
 
-@pytest.mark.parametrize("bad", [dict(n=0), dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=float("nan"))])
+@pytest.mark.parametrize(
+    "bad",
+    [dict(n=0), dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=float("nan"))],
+)
 def test_bad_sampling(bad):
-    with pytest.raises(ValueError): Sampling(**bad)
+    with pytest.raises(ValueError):
+        Sampling(**bad)
 
 
 def test_engines_refuse_what_they_cannot_do(moe):
     moe.generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match="end token"): TorchEngine(moe)
+    with pytest.raises(ValueError, match="end token"):
+        TorchEngine(moe)
     from transformers import AutoConfig, AutoModelForCausalLM
-    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=16, hidden_size=16, num_hidden_layers=1,
-                                                                  num_attention_heads=2, intermediate_size=16))
-    with pytest.raises(TypeError, match="router"): TorchEngine(dense, routes=True, eos_token_id=1)
-    linear = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "qwen3_next", vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
-        intermediate_size=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8,
-        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-        layer_types=["linear_attention", "full_attention"]))
-    with pytest.raises(ValueError, match="linear_attention"): TorchEngine(linear, eos_token_id=1)
+
+    dense = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama",
+            vocab_size=16,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
+    )
+    with pytest.raises(TypeError, match="router"):
+        TorchEngine(dense, routes=True, eos_token_id=1)
+    linear = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "qwen3_next",
+            vocab_size=16,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+        )
+    )
+    with pytest.raises(ValueError, match="linear_attention"):
+        TorchEngine(linear, eos_token_id=1)
 
 
 def test_weights_that_are_not_finite_are_named(moe):
     e = TorchEngine(moe)
-    with torch.no_grad(): e.model.lm_head.weight[3] = float("nan")
-    with pytest.raises(FloatingPointError, match="log-probability"): e.generate(PROMPTS, Sampling(max_new_tokens=4))
+    with torch.no_grad():
+        e.model.lm_head.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="log-probability"):
+        e.generate(PROMPTS, Sampling(max_new_tokens=4))
 
 
 @pytest.mark.parametrize("scheme", [None, *fp8.SCHEMES])
@@ -164,7 +248,9 @@ def test_the_engine_is_a_copy(moe):
     e = TorchEngine(moe, fp8="fp8_per_tensor")
     e.generate(PROMPTS, Sampling(max_new_tokens=4))
     assert all(torch.equal(v, kept[k]) for k, v in moe.state_dict().items())
-    assert moe.config._attn_implementation == "sdpa" and all(p.requires_grad for p in moe.parameters())
+    assert moe.config._attn_implementation == "sdpa" and all(
+        p.requires_grad for p in moe.parameters()
+    )
 
 
 @pytest.mark.parametrize("scheme", [None, "fp8_per_channel"])
@@ -173,18 +259,21 @@ def test_every_single_stale_tensor_is_named(scheme, moe):
     for name in names:
         trainer = copy.deepcopy(moe)
         e = TorchEngine(trainer, fp8=scheme)
-        with torch.no_grad(): dict(trainer.named_parameters())[name].mul_(1.5).add_(0.01)
-        with pytest.raises(ParityError, match=name.replace(".", r"\.")): parity(e, trainer, PROMPTS)
+        with torch.no_grad():
+            dict(trainer.named_parameters())[name].mul_(1.5).add_(0.01)
+        with pytest.raises(ParityError, match=name.replace(".", r"\.")):
+            parity(e, trainer, PROMPTS)
 
 
 def test_band_of_a_quantised_engine(moe):
     e = TorchEngine(moe, fp8="fp8_per_channel")
     k3 = parity(e, moe, PROMPTS).k3
-    assert k3 > 1e-3      # ten seeds: 0.009 to 0.021
-    with pytest.raises(ParityError, match="outside the band"): parity(e, moe, PROMPTS, band=k3 / 10)
+    assert k3 > 1e-3  # ten seeds: 0.009 to 0.021
+    with pytest.raises(ParityError, match="outside the band"):
+        parity(e, moe, PROMPTS, band=k3 / 10)
 
 
 def test_bfloat16_engine(moe):
     e = TorchEngine(moe, dtype=torch.bfloat16)
     p = parity(e, moe, PROMPTS)
-    assert 0.002 < p.median < 0.03      # ten seeds: 0.006 to 0.010
+    assert 0.002 < p.median < 0.03  # ten seeds: 0.006 to 0.010
