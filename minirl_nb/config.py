@@ -546,12 +546,13 @@ def _read_recipe(recipe: str | Path) -> tuple[Path, dict]:
         )
     return path, tree
 
-# %% ../nbs/14_config.ipynb #ca11bfca
+# %% ../nbs/14_config.ipynb #3cceac1a
 def load_config(
     recipe: str
     | Path
     | None = None,  # YAML file, or the name of a recipe that ships with the package
     overrides: dict[str, Any] | Sequence[str] = (),  # {"optimizer.lr": 1e-4} or command-line words
+    kind: type = RunConfig,  # or a dataclass derived from it, whose further fields may be overridden
 ) -> RunConfig:
     """A `RunConfig` from a recipe and overrides.
 
@@ -562,8 +563,8 @@ def load_config(
         path, tree = _read_recipe(recipe)
         values |= read_changes(RunConfig, tree, str(path))
     source = "override" if isinstance(overrides, dict) else "command line"
-    values |= read_changes(RunConfig, overrides, source)
-    return apply_changes(RunConfig(), values)
+    values |= read_changes(kind, overrides, source)
+    return apply_changes(kind(), values)
 
 
 def config_yaml(config: RunConfig) -> str:
