@@ -10,7 +10,7 @@ not taught has no such group at all.
 __all__ = ['TEACHERS', 'teach', 'ColdStartConfig', 'tiny_moe', 'Trace', 'collate', 'learning_rate',
            'ColdStartResult', 'train']
 
-# %% ../nbs/12_coldstart.ipynb #210b0e51
+# %% ../nbs/12_coldstart.ipynb #451bc89f
 import json
 import math
 import os
@@ -27,7 +27,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
                           Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 from .policy import token_logprobs
-from .tasks import Problem, encode_prompt, load, rows, verify_arithmetic
+from .tasks import Problem, data_path, encode_prompt, load, rows, verify_arithmetic
 
 # %% ../nbs/12_coldstart.ipynb #0f4604d3
 def _columns(a: int, b: int) -> tuple[str, str]:
@@ -152,12 +152,35 @@ def collate(traces: Sequence[Trace], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens[at < length[:, None]] = torch.tensor([x for t in traces for x in t.prompt + t.response])
     return tokens, (at >= start[:, None]) & (at < length[:, None]), length
 
-# %% ../nbs/12_coldstart.ipynb #3536a8da
-def learning_rate(step: int, config: ColdStartConfig) -> float:
-    "Linear warm-up, then a cosine from `lr` down to a twentieth of it at the last step."
-    if step < config.warmup: return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+# %% ../nbs/12_coldstart.ipynb #9b33fe8d
+def learning_rate(step: int,  # number of the optimiser step, from 0
+                  *,
+                  lr: float,  # the highest rate
+                  steps: int,  # optimiser steps of the whole run
+                  warmup: int = 0,  # first steps, in which the rate rises by lr / parts each
+                  parts: int | None = None,  # None: warmup + 1, so that the first step after the warm-up is the first with `lr`
+                  schedule: str = "constant",  # after the warm-up: "constant", "linear" or "cosine"
+                  floor: float = 0.0,  # share of `lr` at which linear and cosine end, after the last step
+                 ) -> float:
+    """Learning rate of one step: a linear warm-up, then a schedule. Cold starts and runs of RL take theirs from here.
+
+    ValueError for an unknown schedule."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1 if parts is None else parts)
+    done = (step - warmup) / max(steps - warmup, 1)
+    if schedule == "constant":
+        return lr
+    if schedule == "linear":
+        return lr * (floor + (1 - floor) * (1 - done))
+    if schedule == "cosine":
+        return lr * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
+    raise ValueError(f"schedule is {schedule!r}; it must be constant, linear or cosine")
+
+
+def _rate(step: int, config: ColdStartConfig) -> float:
+    "A cold start's learning rate: the last step of the warm-up has the full rate, and a cosine ends at a twentieth of it."
+    return learning_rate(step, lr=config.lr, steps=config.steps, warmup=config.warmup, parts=config.warmup, schedule="cosine",
+                         floor=0.05)
 
 
 @dataclass
@@ -174,8 +197,9 @@ def _prepare(config: ColdStartConfig):
     "Model, tokenizer and traces, all checked before any step is made."
     if config.model:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model)
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_safetensors=True)
+            path = data_path(config.model)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError) as e:
             raise FileNotFoundError(f"no model and tokenizer in {config.model!r}: {str(e).strip().splitlines()[0]}") from e
     else:
@@ -217,12 +241,12 @@ def train(config: ColdStartConfig) -> ColdStartResult:
             if not torch.isfinite(loss): raise FloatingPointError(f"cold start, step {step}: the loss is {loss.item()}")
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            for group in optimizer.param_groups: group["lr"] = learning_rate(step, config)
+            for group in optimizer.param_groups: group["lr"] = _rate(step, config)
             optimizer.step()
             optimizer.zero_grad()
             if log:
                 metrics.append({"step": step, "loss": loss.item(), "entropy": (entropy.sum() / mask.sum()).item(),
-                                "lr": learning_rate(step, config), "grad_norm": norm.item(), "seconds": time.process_time() - t0})
+                                "lr": _rate(step, config), "grad_norm": norm.item(), "seconds": time.process_time() - t0})
         model.eval()
     _save(output, config, model, tokenizer, metrics)
     return ColdStartResult(output, model, tokenizer, metrics)

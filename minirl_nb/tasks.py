@@ -11,13 +11,15 @@ __all__ = ['ARITHMETIC_SYMBOLS', 'TRAINING_PROBLEMS', 'BENCHMARK_PROBLEMS', 'BAN
            'START_SECONDS', 'VERIFIERS', 'BOXED', 'TAGGED', 'Problem', 'encode_prompt',
            'fingerprint', 'Task', 'carries', 'arithmetic_problems', 'write_jsonl',
            'write_arithmetic', 'arithmetic_tokenizer', 'verify_arithmetic', 'last_boxes', 'Pool',
-           'pool', 'verify_math', 'verify_exact', 'rows', 'read_jsonl', 'local_dataset', 'load']
+           'pool', 'verify_math', 'verify_exact', 'data_path', 'rows', 'read_jsonl',
+           'local_dataset', 'load']
 
-# %% ../nbs/09_tasks.ipynb #02c16770
+# %% ../nbs/09_tasks.ipynb #6f1e9832
 import atexit
 import difflib
 import functools
 import hashlib
+import importlib.resources
 import importlib.util
 import json
 import math
@@ -504,7 +506,23 @@ def verify_exact(problems: Sequence[Problem], texts: Sequence[Any]) -> list[floa
 
 VERIFIERS = {"math": verify_math, "arithmetic": verify_arithmetic, "exact": verify_exact}
 
-# %% ../nbs/09_tasks.ipynb #cee6d51e
+# %% ../nbs/09_tasks.ipynb #e2fbedf0
+def data_path(path: str | Path) -> str:
+    """The place of a file or folder: `path` itself, or what the package ships under that name, such as "data/coldstart".
+
+    A path that exists is returned as it is, and so is one that does not begin with `data/`, be it a path to come or a hub's name.
+    FileNotFoundError for a path in `data/` that is neither in the working directory nor shipped."""
+    given = Path(path)
+    if given.exists() or given.parts[:1] != ("data",) or len(given.parts) < 2 or ".." in given.parts:
+        return str(path)
+    package = importlib.resources.files("minirl_nb")
+    shipped = [root.joinpath(*given.parts) for root in (package, Path(str(package)).parent)]     # installed; in a checkout
+    for place in shipped:
+        if place.exists():
+            return str(place)
+    raise FileNotFoundError(f"there is no {path} in {Path.cwd()}, and the package ships no data of that name")
+
+# %% ../nbs/09_tasks.ipynb #891be419
 BOXED = "{problem}\n\nReason step by step, and put the final answer in \\boxed{}."
 TAGGED = "{problem}\n\nReason step by step, and put the final answer between <answer> and </answer>."
 _PROBLEM_COLUMNS = ("problem", "question", "prompt")
@@ -515,7 +533,7 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """("file:line", object) of each line of a JSONL file that is not blank.
 
     Raises FileNotFoundError, or ValueError with file and line for what is not a JSON object, and for a file without any."""
-    path, number, empty = Path(path), 0, True
+    path, number, empty = Path(data_path(path)), 0, True
     if not path.is_file(): raise FileNotFoundError(f"there is no file {path}" + (" (it is a folder)" if path.is_dir() else ""))
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip(): continue

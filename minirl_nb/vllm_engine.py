@@ -35,10 +35,12 @@ Five decisions carry the page.
 
 # %% auto #0
 __all__ = ['PRIVATE', 'known_versions', 'EngineError', 'check_version', 'engine_arguments', 'request_seeds',
-           'Response', 'VLLMBase', 'VLLMEngine', 'full_tensors', 'write_shards', 'asked_by_file']
+           'Response', 'VLLMBase', 'VLLMEngine', 'full_tensors', 'write_shards', 'asked_by_file',
+           'process_folder', 'own_temporary_files']
 
-# %% ../nbs/11_vllm.ipynb #81f09e39
+# %% ../nbs/11_vllm.ipynb #6853642d
 import ast
+import atexit
 import contextlib
 import gc
 import inspect
@@ -55,7 +57,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -172,7 +174,7 @@ def check_version() -> str:
                           f"on a GPU): {'; '.join(problems)}")
     return version
 
-# %% ../nbs/11_vllm.ipynb #88db576d
+# %% ../nbs/11_vllm.ipynb #9463b435
 _PROBE_SEED = 20
 
 
@@ -245,8 +247,9 @@ class _Worker:
         if path is None: return out
         save_file(out, Path(path) / f"{self.rank:05d}.safetensors")
 
-    def minirl_guard(self, trainer):
-        "End this worker, and the engine process between it and the trainer, when the trainer is gone, even killed: vLLM leaves both."
+    def minirl_guard(self, trainer, folder):
+        """End this worker, and the engine process between it and the trainer, when the trainer is gone, even killed: vLLM leaves both.
+        The trainer's folder of temporary files goes with it."""
         import psutil
         chain, pid = [], os.getpid()
         while pid not in (trainer, 0, 1):
@@ -257,6 +260,7 @@ class _Worker:
 
         def watch():
             while watched.is_running() and watched.status() != psutil.STATUS_ZOMBIE: time.sleep(1)
+            shutil.rmtree(folder, ignore_errors=True)
             for p in reversed(chain): os.kill(p, signal.SIGKILL)
 
         threading.Thread(target=watch, daemon=True).start()
@@ -782,7 +786,7 @@ class VLLMBase:
     def __enter__(self): return self
     def __exit__(self, *exception) -> None: self.close()
 
-# %% ../nbs/11_vllm.ipynb #ef9d8593
+# %% ../nbs/11_vllm.ipynb #6b4587d1
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HERE: "weakref.WeakSet[VLLMEngine]" = weakref.WeakSet()     # engines whose model lives in this process
 
@@ -815,7 +819,7 @@ class VLLMEngine(VLLMBase):
                  eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None, dtype: torch.dtype | str | None = None,
                  tensor_parallel: int = 1, weights: Iterable[tuple[str, Tensor]] | None = None, process: bool | str = False,
                  verify: bool | str = True, sleep_level: int | str = 1, progress: bool | str | None = None, **options: Any):
-        self.llm, self._folder = None, None
+        self.llm, self._folder, self._cpu = None, None, False
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         self.vllm_version = check_version()
@@ -825,7 +829,7 @@ class VLLMEngine(VLLMBase):
         self.progress, self.sleep_level, self._asleep = _value(progress), _value(sleep_level), set()
         self._start(bool(_value(process)), options)
         try:
-            if not self._inside: self._call("minirl_guard", trainer=os.getpid())
+            if not self._inside: self._call("minirl_guard", trainer=os.getpid(), folder=str(process_folder()))
             self._meet([("", d["shares"]) for d in self._call("minirl_describe")])
             self.load(full_tensors(model) if weights is None else weights, version=0)
         except BaseException:
@@ -854,7 +858,7 @@ class VLLMEngine(VLLMBase):
         self.process = world == 1 and (process or whole > 1)
         self._inside = not self.process
         # files in memory: the model's config now, weights on their way to another process later
-        self._folder = Path(tempfile.mkdtemp(prefix="minirl-vllm-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+        self._folder = Path(tempfile.mkdtemp(prefix="engine-", dir=process_folder()))
         self._tidy = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         saved = type(self._skeleton.config).from_dict(self._skeleton.config.to_dict())
         saved.architectures = [self._name]
@@ -865,14 +869,16 @@ class VLLMEngine(VLLMBase):
         # vLLM writes into torchrun's variables too (LOCAL_WORLD_SIZE, on a CPU): all of them are put back
         environment = {n: os.environ[n] for n in _TORCHRUN if n in os.environ} | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self.process))} | (
-            {"VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")} if cpu else {})
+            {"VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"), "TORCH_COMPILE_DISABLE": "1"} if cpu
+            else {})
         if world > 1:
             rank = str(torch.distributed.get_rank())
             arguments["distributed_executor_backend"] = "external_launcher"
             environment |= {"RANK": rank, "LOCAL_RANK": os.environ.get("LOCAL_RANK", rank)}
         set_threads, threads = torch.set_num_threads, torch.get_num_threads()
         try:
-            with _environment(environment), _quiet(): self.llm = vllm.LLM(str(self._folder), **arguments)
+            with _environment(environment), own_temporary_files(), self._vllm():
+                self.llm = vllm.LLM(str(self._folder), **arguments)
         except Exception as e:
             self.close()
             reason = " ".join(str(e).split())
@@ -890,6 +896,12 @@ class VLLMEngine(VLLMBase):
         if world % k: raise ValueError(f"tensor_parallel = {k} does not divide the {world} processes of this run")
         if local % k: raise ValueError(f"tensor_parallel = {k} does not divide the {local} processes of a node: it stays on one")
 
+    @contextlib.contextmanager
+    def _vllm(self):
+        """Around every call into vLLM. On a CPU the functions that it hands to `torch.compile` run as they are written: they are small,
+        and compiling them takes a C++ compiler and more time than a test's engine lives."""
+        with _quiet(), torch.compiler.set_stance("force_eager") if self._cpu else contextlib.nullcontext(): yield
+
     # ------------------------------------------------------------------------------------------------------ sampling
     def _run(self, requests: list[list[int]], params: list[dict]) -> list:
         "vLLM's outputs, one a request, in their order. After an error the engine is not used again: requests may still be in it."
@@ -900,7 +912,7 @@ class VLLMEngine(VLLMBase):
         show = self.progress if self.progress is not None else len(requests) >= 1000 and sys.stderr.isatty()
         bar = partial(_bar, leave=False) if show else False
         try:
-            with _quiet():
+            with self._vllm():
                 out = self.llm.generate([{"prompt_token_ids": r} for r in requests],
                                         [SamplingParams(flat_logprobs=True, **p) for p in params], use_tqdm=bar)
         except BaseException as e:
@@ -943,7 +955,7 @@ class VLLMEngine(VLLMBase):
         self._usable()
         if self.llm is None: raise EngineError("this engine is closed")
         self.wake("weights")                    # the cache can wait until the trainer's copies are gone
-        with _quiet():
+        with self._vllm():
             if self._inside: self._call("minirl_load", tensors=tensors)
             else:
                 folder = self._folder / "weights"
@@ -964,7 +976,7 @@ class VLLMEngine(VLLMBase):
     def _ask(self) -> list[dict[str, Tensor]]:
         if self.llm is None: raise EngineError("this engine is closed")
         self.wake("weights")
-        with _quiet(): return self._call("minirl_answers") if self._inside else asked_by_file(
+        with self._vllm(): return self._call("minirl_answers") if self._inside else asked_by_file(
             self._folder, lambda path: self._call("minirl_answers", path=path))
 
     # ------------------------------------------------------------------------------------------------------ memory
@@ -986,7 +998,7 @@ class VLLMEngine(VLLMBase):
         llm, self.llm = self.llm, None
         _HERE.discard(self)
         if llm is not None:
-            with contextlib.suppress(Exception), _quiet():
+            with contextlib.suppress(Exception), self._vllm():
                 core = llm.llm_engine.engine_core
                 # engines of one process share vLLM's parallel groups, which a shutdown takes away from all of them: the last one does it
                 if self._inside and _HERE: pass
@@ -1043,7 +1055,7 @@ def asked_by_file(parent: str | Path, ask: Callable[[str], Any], mode: int = 0o7
         return [load_file(f) for f in sorted(folder.glob("*.safetensors"))]
     finally: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/11_vllm.ipynb #f6811a1c
+# %% ../nbs/11_vllm.ipynb #5c49e8d2
 def _skeleton(model: nn.Module) -> nn.Module:
     "The model without its weights: names, shapes and the rules by which transformers writes a checkpoint."
     with torch.device("meta"): out = type(model)(type(model.config).from_dict(model.config.to_dict()))
@@ -1092,6 +1104,25 @@ def _environment(values: Mapping[str, str]):
         for k, v in before.items():
             if v is None: os.environ.pop(k, None)
             else: os.environ[k] = v
+
+
+@cache
+def process_folder() -> Path:
+    """A folder for everything temporary that vLLM and this page write, in memory where there is a file system in memory; one for the
+    process, since vLLM remembers the first one that it was given. It goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="minirl-vllm-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def own_temporary_files():
+    "Let vLLM leave its rendezvous files and sockets in `process_folder`: it deletes neither."
+    folder, before = str(process_folder()), tempfile.tempdir
+    tempfile.tempdir = folder
+    try:
+        with _environment({"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder}): yield
+    finally: tempfile.tempdir = before
 
 
 @contextlib.contextmanager

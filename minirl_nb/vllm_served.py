@@ -64,7 +64,7 @@ PRIVATE: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     (f"{_ENTRY}.launchers.api_server.entry", "main", (), "cpu"),
 )
 
-# %% ../nbs/11b_vllm_served.ipynb #da57b0af
+# %% ../nbs/11b_vllm_served.ipynb #10b80d07
 def serve_command(config,  # train.RunConfig
                   address: str | None = None,  # of one server; None: of all in rollout.servers, one a line
                   cpu: bool | None = None,  # for a vLLM for CPUs; None: ask the installed one
@@ -97,7 +97,7 @@ def serve_command(config,  # train.RunConfig
         if key in ("enforce_eager", "enable_return_routed_experts") and not value: continue
         if isinstance(value, bool): words.append(f"--{flag}" if value else f"--no-{flag}")
         else: words += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
-    before = ["VLLM_SERVER_DEV_MODE=1"] + (["VLLM_CPU_OMP_THREADS_BIND=nobind", python, "-m", "minirl_nb.vllm_served"] if cpu else
+    before = ["VLLM_SERVER_DEV_MODE=1"] + (["VLLM_CPU_OMP_THREADS_BIND=nobind", "TORCH_COMPILE_DISABLE=1", python, "-m", "minirl_nb.vllm_served"] if cpu else
                                            ["vllm", "serve"])
     return " ".join(before + list(map(shlex.quote, words)))
 
@@ -109,7 +109,7 @@ def serve(arguments: Sequence[str] | None = None) -> None:
     from minirl_nb import vllm_engine
     for name in fp8_module.SCHEMES: getattr(vllm_engine, f"_Emulated_{name}")
     sys.argv = ["vllm", *(sys.argv[1:] if arguments is None else arguments)]
-    main()
+    with vllm_engine.own_temporary_files(): main()
 
 
 def _host_port(address: str) -> tuple[str, int]:

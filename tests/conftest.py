@@ -33,8 +33,8 @@ torch.set_num_threads(1)
 
 SECONDS = ROOT / "tools" / "seconds.json"  # of each file of tests, by `pytest --record-seconds`
 UNKNOWN = 300  # seconds assumed of a file without a record: it starts early
-# Files whose verdicts hang on floating-point kernels; `make numerics` runs them once more with other
-# kernels. The others test files, text, messages and counts, or compare bits within one process.
+# Files whose verdicts hang on floating-point kernels; `make numerics` runs them once more with others.
+# The rest tests files, text, messages and counts, or compares bits within one process.
 NUMERICS = {
     "test_exact.py": "float64 identities",
     "test_first_order.py": "slopes of small differences",
@@ -100,7 +100,8 @@ def pytest_configure(config):
     global _own_folder
     if _leads_workers(config):
         # a short name: sockets lie in it, and their paths end at 107 characters
-        _own_folder = tempfile.mkdtemp(prefix="minirl-")
+        short = "/tmp" if len(tempfile.gettempdir()) > 40 else None
+        _own_folder = tempfile.mkdtemp(prefix="minirl-", dir=short)
         os.environ["TMPDIR"] = tempfile.tempdir = _own_folder
 
 

@@ -8,7 +8,8 @@ import inspect
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 LIMIT = 400_000  # parameters of a tiny model
@@ -102,3 +103,17 @@ def build(cls, seed=0, dtype=torch.float32, **more):
         for p in model.parameters():
             if p.ndim > 1 or not p.any(): p.normal_(std=0.2 if p.ndim > 1 else 0.02)
     return model
+
+
+class Double(TorchFunctionMode):
+    """Makes a float64 model float64 throughout.
+
+    Families cast to float32 in norms, routers and rotary tables, whatever the type of the model. Products of float32 numbers then
+    depend on the number of rows and on the processor, by 1e-7, which would hide a mistake of that size."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.float: func = Tensor.double
+        wide = {torch.float32: torch.float64}
+        args = tuple(wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)

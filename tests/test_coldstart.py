@@ -37,19 +37,6 @@ def test_the_same_command_gives_the_same_bits(small, tmp_path):
     assert not torch.equal(load_file(other.folder / "model.safetensors")["lm_head.weight"], a["lm_head.weight"])
 
 
-def test_the_shipped_checkpoint_comes_from_its_settings(tmp_path):
-    """A run of the shipped settings, stopped when the warm-up is over, has walked the first part of the shipped curve.
-
-    The bound is loose against rounding, which differs between processors and grows over 50 steps at a high learning rate, and tight
-    against any other seed, teacher or setting: those differ by more than 0.02 at step 0 or by more than 0.1 at step 50."""
-    settings = json.loads((SHIPPED / "coldstart.json").read_text())
-    config = ColdStartConfig(**settings | {"betas": tuple(settings["betas"]), "output": str(tmp_path / "c"), "steps": 51})
-    curve = {m["step"]: m for m in map(json.loads, (SHIPPED / "metrics.jsonl").read_text().splitlines())}
-    metrics = {m["step"]: m for m in train(config).metrics}
-    assert abs(metrics[0]["loss"] - curve[0]["loss"]) < 1e-3
-    assert abs(metrics[50]["loss"] - curve[50]["loss"]) < 0.03
-
-
 def test_the_shipped_checkpoint_opens_with_transformers():
     model, tok = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
     assert type(model).__name__ == "Qwen3MoeForCausalLM" and model.dtype == torch.float32
@@ -59,7 +46,7 @@ def test_the_shipped_checkpoint_opens_with_transformers():
     assert not c.tie_word_embeddings and model.generation_config.eos_token_id == tok.eos_token_id == 15
     assert sum(f.stat().st_size for f in SHIPPED.iterdir()) < 3e6
     out = model.generate(**tok("10*11=", return_tensors="pt"), do_sample=False, max_new_tokens=40)
-    assert tok.decode(out[0, 6:]).endswith("=110.")
+    assert tok.decode(out[0, 6:]).endswith("=110.")           # the second best token is nowhere nearer than 0.9 nats
 
 
 def test_checkpoint_folder(small):
@@ -79,10 +66,12 @@ def test_from_a_model_and_a_file_of_traces(small, tmp_path):
     traces.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = replace(QUICK, output=str(tmp_path / "next"), model=str(small.folder), traces=str(traces), steps=30, lr=3e-3, log_every=29)
     result = train(config)
-    assert result.metrics[-1]["loss"] < result.metrics[0]["loss"] - 0.5
+    # two nats on two processors; one is far from both that and zero
+    assert result.metrics[-1]["loss"] < result.metrics[0]["loss"] - 1.0
     zero = train(replace(config, output=str(tmp_path / "zero"), steps=1, lr=1e-12))
     a, b = (load_file(r.folder / "model.safetensors") for r in (small, zero))
-    assert all(torch.allclose(a[k], b[k], atol=1e-8) for k in a), "training did not start from the given model"
+    # one AdamW step moves a weight by at most lr (1 + decay) = 1e-12, less than half a unit roundoff of any weight above 2e-5
+    assert all(torch.allclose(a[k], b[k], rtol=0, atol=1e-11) for k in a), "training did not start from the given model"
 
 
 @pytest.mark.parametrize("content, message", [
@@ -147,7 +136,24 @@ def test_collate():
     assert mask.int().tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
 
 
-def test_learning_rate():
-    c = ColdStartConfig(steps=110, warmup=10, lr=1.0)
-    assert [round(learning_rate(s, c), 3) for s in (0, 4, 9, 10, 60)] == [0.1, 0.5, 1.0, 1.0, 0.525]
-    assert 0.05 <= learning_rate(109, c) < 0.06
+def test_the_rate_of_a_cold_start():
+    rates = dict(lr=1.0, steps=110, warmup=10, parts=10, schedule="cosine", floor=0.05)
+    assert [round(learning_rate(s, **rates), 3) for s in (0, 4, 9, 10, 60)] == [0.1, 0.5, 1.0, 1.0, 0.525]
+    assert 0.05 <= learning_rate(109, **rates) < 0.06
+
+
+def test_the_shipped_rates_to_the_bit():
+    settings = json.loads((SHIPPED / "coldstart.json").read_text())
+    rates = {key: settings[key] for key in ("lr", "steps", "warmup")}
+    for row in map(json.loads, (SHIPPED / "metrics.jsonl").read_text().splitlines()):
+        assert row["lr"] == learning_rate(row["step"], **rates, parts=settings["warmup"], schedule="cosine", floor=0.05)
+
+
+@pytest.mark.parametrize("schedule, after", [
+    ("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.85355339, 0.5, 0.14644661])])
+def test_schedules_of_a_run(schedule, after):
+    rates = [learning_rate(s, lr=2.0, steps=7, warmup=3, schedule=schedule) for s in range(7)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, *(2 * x for x in after)], rel=1e-8)      # eight digits are written above
+    assert learning_rate(0, lr=2.0, steps=7, schedule=schedule) == 2.0
+    with pytest.raises(ValueError, match="schedule is 'step'; it must be constant, linear or cosine"):
+        learning_rate(3, lr=1.0, steps=4, schedule="step")

@@ -61,7 +61,7 @@ def test_routes_are_those_of_a_forward_of_the_engine_itself(moe):
     with torch.no_grad(), record(engine.model) as recorder: engine.model(r.tokens)
     again = recorder.pop(len(r))
     same = (again.sort(-1).values == r.routes.sort(-1).values).all(-1)[r.routes_valid]
-    assert same.float().mean() > 0.98      # a value on the edge of two E4M3 codes may fall either way
+    assert same.float().mean() > 0.98      # a value on the edge of two E4M3 codes may fall either way; ten seeds, two CPUs: none did
     assert r.routes_valid.sum() == (r.length - 1).sum()
 
 
@@ -180,11 +180,11 @@ def test_every_single_stale_tensor_is_named(scheme, moe):
 def test_band_of_a_quantised_engine(moe):
     e = TorchEngine(moe, fp8="fp8_per_channel")
     k3 = parity(e, moe, PROMPTS).k3
-    assert k3 > 1e-5
+    assert k3 > 1e-3      # ten seeds: 0.009 to 0.021
     with pytest.raises(ParityError, match="outside the band"): parity(e, moe, PROMPTS, band=k3 / 10)
 
 
 def test_bfloat16_engine(moe):
     e = TorchEngine(moe, dtype=torch.bfloat16)
     p = parity(e, moe, PROMPTS)
-    assert 0 < p.median < 0.1
+    assert 0.002 < p.median < 0.03      # ten seeds: 0.006 to 0.010

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from moe_families import build, discover
+from moe_families import Double, build, discover
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack
 
 from minirl_nb import routing
 
@@ -28,17 +28,6 @@ CHECKS = {
     "e": "after the `with`, and after an exception inside it, the model is what it was",
     "f": "with activation checkpointing every gradient is the same to the bit",
 }
-
-
-class Double(TorchFunctionMode):
-    """Makes a float64 model float64 throughout: families cast to float32 in norms and routers, whatever the model's type, and
-    differences of float32 numbers could not show a slope."""
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.float: func = Tensor.double
-        wide = {torch.float32: torch.float64}
-        args = tuple(wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 def batch(model):

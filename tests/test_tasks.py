@@ -171,6 +171,30 @@ def test_wrong_names(tmp_path):
     with pytest.raises(ValueError, match="no {problem}"): load(f"{tmp_path}/p.jsonl?template=hello")
 
 
+def test_shipped_data_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/coldstart", Path("data/arithmetic/hard.jsonl"), "./data/coldstart/"):
+        found = Path(tasks.data_path(name))
+        assert found.is_absolute() and found.resolve().relative_to(DATA.parent.resolve()) == Path(name)
+    assert len(load("data/arithmetic/hard.jsonl?verifier=arithmetic").problems) == 30
+    for name in ("Qwen/Qwen3-30B-A3B", "runs/x", "data", "", "data/../../x", str(tmp_path / "data" / "x")):
+        assert tasks.data_path(name) == name                                # nothing of ours: as it was given
+    (tmp_path / "data" / "coldstart").mkdir(parents=True)
+    assert tasks.data_path("data/coldstart") == "data/coldstart"            # one's own comes first
+    with pytest.raises(FileNotFoundError, match="there is no data/colstart in .*, and the package ships no data of that name"):
+        tasks.data_path("data/colstart")
+
+
+def test_installed_data_comes_before_the_checkouts(tmp_path, monkeypatch):
+    "In a wheel the data lies inside the package; the folder beside the package is the environment's."
+    import importlib.resources
+    for place in ("minirl_nb/data/arithmetic", "data/arithmetic", "data/elsewhere"): (tmp_path / place).mkdir(parents=True)
+    monkeypatch.setattr(importlib.resources, "files", lambda name: tmp_path / name)
+    monkeypatch.chdir(tmp_path / "minirl_nb" / "data" / "arithmetic")
+    assert tasks.data_path("data/arithmetic") == str(tmp_path / "minirl_nb" / "data" / "arithmetic")
+    assert tasks.data_path("data/elsewhere") == str(tmp_path / "data" / "elsewhere")
+
+
 def test_contamination_is_refused(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"problem": "a", "answer": "b"}\n{"problem": "c", "answer": "b"}\n')
     (tmp_path / "q.jsonl").write_text('{"problem": " c ", "answer": "b"}\n')

