@@ -1,5 +1,6 @@
 # Two commands matter: `make demo` trains a mixture-of-experts model on this machine's CPU in a few minutes, `make test` checks everything.
 # Both make .venv if it is missing. Needed: Python 3.11 or newer with venv, make, and a package index that pip reaches.
+# `make quick` runs the tests that take less than a minute.
 #
 #   make demo RUN=runs/mine ARGS="--seed 1"      another folder; any field of the config after ARGS
 #   make demo ENGINE=vllm                        rollouts by vLLM instead of the built-in engine
@@ -17,29 +18,22 @@ ENGINE ?= torch
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
 PAGES ?=
-# two workers of one thread each; a file's tests stay together, since they share what is slow to make
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-NUMERIC_PAGES := 00_exact 01_first_order 02_weights 03_clipping 04_objective 04b_without_weight 06_policy 07_routing \
-	07b_routing_in_practice 08_fp8 10_rollout 12_coldstart 14_train 23_full_run
-NUMERIC_TESTS := $(addprefix tests/test_,$(addsuffix .py,exact first_order weights clipping objective policy packed routing fp8 rollout \
-	coldstart train))
-QUICK_TESTS := $(addprefix tests/test_,$(addsuffix .py,outputs repository exact weights clipping batch evaluate))
+# workers of one thread each; they take whole files of tests, the longest first (tests/conftest.py)
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+# tests under a minute: formulas, data types, problems, the tools
+QUICK := $(wildcard $(addprefix tests/test_,$(addsuffix .py,exact weights clipping batch outputs repository)))
 
-.PHONY: demo test quick venv dev vllm notebooks-clean exported readme-current lint pages numerics unit page bench bench-trl coldstart clean
+.PHONY: demo test quick venv dev vllm notebooks-clean exported readme-current guide-current lint types pages numerics unit
+.PHONY: page record bench bench-trl coldstart clean
 
 demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 	$(BIN)/minirl train demo --output.folder $(RUN) --rollout.engine $(ENGINE) $(ARGS)
 
 # pytest comes last, so that its closing line ends the output
-test: notebooks-clean exported readme-current lint pages numerics unit
-# the second machine: torch without the processor's vector instructions rounds otherwise, and what training and sampling make of it
-# differs more. Pages and tests of model arithmetic must hold there too.
-numerics: $(VENV)/.dev
-	ATEN_CPU_CAPABILITY=default $(BIN)/python tools/pages.py run $(NUMERIC_PAGES)
-	ATEN_CPU_CAPABILITY=default $(PYTEST) $(NUMERIC_TESTS)
-# under a minute: formulas, data types, the tools
+test: notebooks-clean exported readme-current guide-current lint types pages numerics unit
 quick: $(VENV)/.dev
-	$(PYTEST) $(QUICK_TESTS)
+	$(PYTEST) $(QUICK)
 
 notebooks-clean: $(VENV)/.dev
 	$(BIN)/python tools/pages.py clean --check
@@ -47,16 +41,30 @@ exported: $(VENV)/.dev
 	$(BIN)/python tools/pages.py export --check
 readme-current: $(VENV)/.dev
 	$(BIN)/python tools/pages.py readme --check
+# the map of floors and the counts of directives in CONTRIBUTING.md
+guide-current: $(VENV)/.dev
+	$(BIN)/python tools/floors.py --check
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+types: $(VENV)/.dev
+	$(BIN)/mypy
 pages: $(VENV)/.dev
-	$(BIN)/python tools/pages.py run $(PAGES)
+	$(BIN)/python tools/pages.py run --jobs $(WORKERS) $(PAGES)
+# A second machine: without the processor's vector instructions torch rounds otherwise, and training and
+# sampling go other ways. What hangs on numerics has to hold there too.
+numerics: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default $(BIN)/python tools/pages.py run --numerics --jobs $(WORKERS) $(PAGES)
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m numerics
 unit: $(VENV)/.dev $(VENV)/.vllm
 	$(PYTEST)
 
 # build one page from its text form: make page P=02_weights
 page: $(VENV)/.dev
 	$(BIN)/python tools/pages.py build $(P)
+# measure anew how long pages and tests take (tools/seconds.json); it only decides in which order they start
+record: $(VENV)/.dev $(VENV)/.vllm
+	$(BIN)/python tools/pages.py run --record
+	$(PYTEST) --record-seconds
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench $(ARGS)
 # TRL for the comparison, in an environment of its own
@@ -96,4 +104,4 @@ endif
 	@touch $@
 
 clean:
-	rm -rf _proc build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf _proc build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,36 +1,183 @@
-"""Shared fixtures: a tiny Qwen3-MoE with random weights, and the built-in task's tokenizer beside it.
+"""Shared fixtures, and what holds for the run as a whole.
 
-The tests run in a temporary folder of their own. What they leave there, and a process that outlives them, fails the run."""
+- A tiny Qwen3-MoE with random weights, and the built-in task's tokenizer beside it.
+- One thread a process, and no progress bars of libraries.
+- With several workers (`pytest -n 2`): files of tests are handed out whole, the longest first, so
+  that a file's fixtures are made once and the workers end together.
+- A run with workers has a temporary folder of its own, and fails if it leaves a file in it, or a
+  process behind.
+"""
+
+import json
 import os
 import shutil
 import tempfile
-import time
+from collections import defaultdict
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+# Before anything of torch or of the Hugging Face libraries is imported, here and in the processes
+# that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "_proc" / "inductor"))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
-if "MINIRL_TESTS_FOLDER" not in os.environ:          # the first process; workers of pytest-xdist inherit the folder
-    # short: names of sockets are made from it, and they may have 107 bytes
-    os.environ["MINIRL_TESTS_FOLDER"] = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="minirl-")
-    tempfile.tempdir = None
-
-import psutil
+import leftovers
 import pytest
 import torch
-from transformers.utils import logging
 
-logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+SECONDS = ROOT / "tools" / "seconds.json"  # of each file of tests, by `pytest --record-seconds`
+UNKNOWN = 300  # seconds assumed of a file without a record: it starts early
+# Files whose verdicts hang on floating-point kernels; `make numerics` runs them once more with others.
+# The rest tests files, text, messages and counts, or compares bits within one process.
+NUMERICS = {
+    "test_exact.py": "float64 identities",
+    "test_first_order.py": "slopes of small differences",
+    "test_weights.py": "statistics of weights",
+    "test_clipping.py": "masks at the edge of a trust region",
+    "test_objective.py": "losses and gradients",
+    "test_policy.py": "log-probabilities and gradients against torch",
+    "test_packed.py": "packed against padded forwards, every family",
+    "test_routing.py": "replay of near ties",
+    "test_fp8.py": "rounding",
+    "test_one_page.py": "the entry page against the loop",
+}
+
+
+# ------------------------------------------------------------------------------ order and markers
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-seconds", action="store_true", help="keep the seconds of each file of tests"
+    )
+
+
+def recorded():
+    return json.loads(SECONDS.read_text())["tests"] if SECONDS.exists() else {}
+
+
+def pytest_collection_modifyitems(items):
+    known = recorded()
+    for item in items:
+        name = item.path.name
+        if name in NUMERICS:
+            item.add_marker(pytest.mark.numerics)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(name))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # stable: the order within a file stays
+        items.sort(key=lambda item: -known.get(item.path.name, UNKNOWN))
+
+
+_seconds = defaultdict(float)
+
+
+def pytest_runtest_logreport(report):
+    _seconds[Path(report.fspath).name] += report.duration
+
+
+def _record():
+    kept = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    tests = kept.get("tests", {}) | {name: round(s) for name, s in _seconds.items()}
+    kept["tests"] = {n: tests[n] for n in sorted(tests) if (ROOT / "tests" / n).exists()}
+    SECONDS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------- nothing is left behind
+_own_folder = None  # the temporary folder of a run with workers, in the process that leads it
+_session = None
+
+
+def _leads_workers(config):
+    return bool(getattr(config.option, "numprocesses", None)) and not hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    global _own_folder
+    if _leads_workers(config):
+        # a short name: sockets lie in it, and their paths end at 107 characters
+        short = "/tmp" if len(tempfile.gettempdir()) > 40 else None
+        _own_folder = tempfile.mkdtemp(prefix="minirl-", dir=short)
+        os.environ["TMPDIR"] = tempfile.tempdir = _own_folder
+
+
+def pytest_sessionstart(session):
+    global _session
+    _session = session
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary(terminalreporter, config):
+    "After the workers have ended and before the closing line: what did they leave?"
+    if config.option.record_seconds:
+        _record()
+    if _own_folder is None:
+        return
+    own = [p for p in os.listdir(_own_folder) if p.startswith("pytest-of-")]
+    said = leftovers.tidy(_own_folder, but=own)
+    for name in own:
+        shutil.rmtree(Path(_own_folder) / name, ignore_errors=True)
+    if not said:
+        return
+    terminalreporter.section("left behind", sep="=", red=True)
+    for line in said:
+        terminalreporter.write_line(line)
+    # counted as an error, so that the closing line says so
+    terminalreporter.stats.setdefault("error", []).append(
+        pytest.TestReport(
+            nodeid="left behind",
+            location=("", None, "left behind"),
+            keywords={},
+            outcome="failed",
+            longrepr="; ".join(said),
+            when="teardown",
+        )
+    )
+    _session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config):
+    global _own_folder
+    if _own_folder is not None:
+        shutil.rmtree(_own_folder, ignore_errors=True)
+        _own_folder = None
+
+
+# --------------------------------------------------------------------------------------- fixtures
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_bars():
+    'Of libraries ("Loading weights", "Writing model shards"), in this process.'
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def tiny_qwen3_moe(seed=0, **changes):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    config = dict(vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                  num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, tie_word_embeddings=False,
-                  max_position_embeddings=64, pad_token_id=0, eos_token_id=15, bos_token_id=None, initializer_range=0.2)
+    config = dict(
+        vocab_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=15,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(config | changes))).eval()
     model.set_experts_implementation("grouped_mm")
     return model
@@ -43,46 +190,13 @@ def moe():
 
 @pytest.fixture(scope="session")
 def moe_folder(tmp_path_factory):
-    "The tiny model on disk, with the arithmetic task's tokenizer. Random weights: about 1 response in 200 is right."
+    """The tiny model on disk, with the arithmetic task's tokenizer.
+
+    Random weights: about 1 response in 200 is right.
+    """
     from minirl_nb import tasks
 
     folder = tmp_path_factory.mktemp("model")
     tiny_qwen3_moe().save_pretrained(folder)
     tasks.arithmetic_tokenizer().save_pretrained(folder)
     return folder
-
-
-# What libraries keep between runs on purpose: pytest's folder of the last runs, torch's cache of compiled kernels
-KEPT = ("pytest-of-", "torchinductor_")
-
-
-def left_behind(folder):
-    "Files in the tests' temporary folder that nobody took away, and processes that were started by a test and still run."
-    files = [path.name for path in sorted(Path(folder).iterdir()) if not path.name.startswith(KEPT)]
-    family = {process.pid for process in [psutil.Process(), *psutil.Process().parents()]}
-    running = []
-    for process in psutil.process_iter():
-        try:
-            ours = process.environ().get("MINIRL_TESTS_FOLDER") == folder and process.status() != psutil.STATUS_ZOMBIE
-            if ours and process.pid not in family:
-                running.append(f"process {process.pid}: {' '.join(process.cmdline())[:200]}")
-        except psutil.Error:                         # it has ended meanwhile, or belongs to somebody else
-            continue
-    return files + running
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session):
-    folder = os.environ["MINIRL_TESTS_FOLDER"]
-    if hasattr(session.config, "workerinput"):
-        return
-    deadline = time.time() + 20                      # workers and engines may still be on their way out
-    while (left := left_behind(folder)) and time.time() < deadline:
-        time.sleep(0.5)
-    if left:
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line("")
-        for line in left:
-            reporter.write_line(f"left behind: {line}", red=True)
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The package as others get it: a wheel and a source distribution, installed where no repository is."""
+"""The package as others get it: a wheel and a source distribution, far from the repository."""
 
 import json
 import os
@@ -60,8 +60,8 @@ def distributions(tmp_path_factory):
 def installed(distributions, tmp_path_factory):
     """Command `minirl` of a fresh environment with the wheel in it.
 
-    The packages it needs are those of the running environment, which stand behind the fresh one's own
-    on the path; the hook of an editable install does not work there.
+    The packages it needs are those of the running environment, which stand behind the fresh one's
+    own on the path; the hook of an editable install does not work there.
     """
     folder = tmp_path_factory.mktemp("environment")
     quiet([sys.executable, "-m", "venv", "--without-pip", str(folder)])

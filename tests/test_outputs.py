@@ -1,4 +1,4 @@
-"""The comparison of a page's stored outputs with fresh ones: what may differ, and what never may."""
+"""The comparison of stored outputs with fresh ones: what may differ, and what never may."""
 
 import pytest
 from hypothesis import given

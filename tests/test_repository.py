@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import subprocess
+import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import floors
@@ -239,26 +241,42 @@ def test_data_is_described():
 
 
 def test_settings_and_setup_agree():
-    from configparser import ConfigParser
-
-    c = ConfigParser(delimiters=["="], interpolation=None)
-    c.read(ROOT / "settings.ini")
-    cfg = c["DEFAULT"]
-    assert (
-        cfg["tst_flags"] == "notest slow gpu vllm"
-        and cfg["black_formatting"] == cfg["update_pyproject"] == "False"
-    )
-    assert (
-        ROOT / "minirl_nb" / "__init__.py"
-    ).read_text().strip() == f'__version__ = "{cfg["version"]}"'
-    names = lambda key: {
-        re.split(r"[<>=!]", r)[0].lower().replace("_", "-") for r in cfg[key].split()
-    }
-    assert {"torch", "transformers", "einops", "seaborn"} <= names("requirements")
-    assert not {"nbdev", "fastcore", "jupyter"} & names("requirements")
+    config = ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT / "settings.ini")
+    cfg = config["DEFAULT"]
+    assert cfg["tst_flags"] == "notest slow gpu vllm"
+    assert cfg["black_formatting"] == cfg["update_pyproject"] == "False"
+    version = (ROOT / "minirl_nb" / "__init__.py").read_text().strip()
+    assert version == f'__version__ = "{cfg["version"]}"'
+    assert {"torch", "transformers", "einops", "seaborn"} <= required(cfg["requirements"])
+    assert not {"nbdev", "fastcore", "jupyter"} & required(cfg["requirements"])
     lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
-    missing = (
-        names("requirements") | names("dev_requirements") | names("vllm_cpu_requirements")
-    ) - pinned
+    kinds = ("requirements", "dev_requirements", "vllm_cpu_requirements")
+    missing = set().union(*(required(cfg[kind]) for kind in kinds)) - pinned
     assert not missing, f"no tested version of {missing}"
+
+
+def required(words):
+    "Names of the packages in a line of requirements."
+    return {re.split(r"[<>=!]", word)[0].lower().replace("_", "-") for word in words.split()}
+
+
+def test_every_import_of_the_package_is_required():
+    "A package that the modules import is one of the requirements, or an optional one."
+    config = ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT / "settings.ini")
+    optional = {"vllm", "requests", "tensorboard", "wandb", "trackio", "minirl-nb"}
+    names = {"yaml": "pyyaml"}
+    known = required(config["DEFAULT"]["requirements"]) | optional | set(sys.stdlib_module_names)
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found = [node.module]
+            for name in found:
+                top = name.partition(".")[0]
+                package = names.get(top, top.replace("_", "-"))
+                assert package in known or top in known, f"{path.name} imports {name}"

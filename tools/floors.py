@@ -24,7 +24,7 @@ LIB, NBS, TARGET = ROOT / PACKAGE, ROOT / "nbs", ROOT / "CONTRIBUTING.md"
 
 
 def module_files(lib=LIB):
-    """{module: file}: `vllm.engine` for minirl_nb/vllm/engine.py, `plan` for minirl_nb/plan/__init__.py."""
+    """{module: file}: `vllm.engine` for vllm/engine.py, `plan` for plan/__init__.py."""
     files = {}
     for path in sorted(lib.rglob("*.py")):
         parts = path.relative_to(lib).with_suffix("").parts
@@ -190,11 +190,12 @@ def counted():
 def filled(text):
     """`text` with each block between `<!-- NAME -->` and `<!-- end NAME -->` made anew."""
     for name, make in {"floors": table, "directives": counted}.items():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.S)
+        marks = re.compile(rf"<!-- {name} -->\n.*?<!-- end {name} -->", re.S)
         if not marks.search(text):
             sys.exit(f"{TARGET.name} has no block <!-- {name} --> ... <!-- end {name} -->")
         made = make()
-        text = marks.sub(lambda m: f"{m[1]}{made}\n{m[2]}", text)
+        opening, closing = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+        text = marks.sub(lambda m, block=opening + made + closing: block, text)
     return text
 
 

@@ -1,13 +1,15 @@
-"""What two machines may print differently: the comparison of a page's stored outputs with fresh ones.
+"""What two machines may print differently: stored outputs of a page against fresh ones.
 
-A cell without a directive is compared as text. `#| volatile` is not compared. Between the two stands a band:
+A cell without a directive is compared as text. `#| volatile` is not compared. Between the two
+stands a band:
 
     #| within 5%: sampled losses; five seeds and two CPUs differed by up to 2%
     #| within 0.02, 10%: accuracies of 512 samples, three standard errors
     #| within x3: an extreme of rounding errors, whose last bits differ
 
-The words of such a cell must be equal, and each number must lie in the band around the stored one. A band is a share (`5%`), an
-absolute distance (`0.02`) or a factor (`x3`); with several, one of them has to hold. The reason behind the colon is required.
+The words of such a cell must be equal, and each number must lie in the band around the stored one.
+A band is a share (`5%`), an absolute distance (`0.02`) or a factor (`x3`); with several, one of
+them has to hold. The reason behind the colon is required.
 """
 
 import re
@@ -16,8 +18,8 @@ _BAND = re.compile(r"^#\|\s*within\b(.*)$", re.M)
 _TERM = re.compile(
     r"(?:(?P<share>\d+(?:\.\d+)?)%|x(?P<factor>\d+(?:\.\d+)?)|(?P<distance>\d*\.?\d+(?:e-?\d+)?))$"
 )
-# A number, but not the digits of a name such as fp8, k3 or R2. A point that ends a sentence, or that
-# torch prints behind a whole number, is taken along, so that it makes no difference.
+# A number, but not the digits of a name such as fp8, k3 or R2. A point that ends a sentence, or
+# that torch prints behind a whole number, is taken along, so that it makes no difference.
 _NUMBER = re.compile(
     r"""(?<![A-Za-z_\d.])
         (?P<number>[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)(?:\.(?!\w))?
@@ -73,7 +75,10 @@ def printed(cell):
 
 
 def numbers(text):
-    """The words of a text and its numbers: the text with a sign in each number's place, white space folded, and the numbers."""
+    """The words of a text, and its numbers.
+
+    The words are the text with a sign in each number's place and with white space folded.
+    """
     found = []
 
     def take(match):
@@ -87,7 +92,10 @@ def numbers(text):
 
 
 def close(stored, fresh, band):
-    "Does `fresh` lie within one of the terms of `band` around `stored`? NaN and infinities must be the same."
+    """Does `fresh` lie within one of the terms of `band` around `stored`?
+
+    NaN and infinities must be the same.
+    """
     if stored == fresh or (stored != stored and fresh != fresh):
         return True
     if not abs(stored - fresh) < float("inf"):
@@ -103,7 +111,7 @@ def close(stored, fresh, band):
 
 
 def difference(stored, fresh):
-    "None if the fresh cell prints what the stored one says, else a sentence that names the first difference."
+    "None if the fresh cell prints what the stored one allows, else a sentence that says what not."
     if "volatile" in directives(stored):
         return None
     before, after = printed(stored), printed(fresh)

@@ -1,15 +1,19 @@
-"""The pages' tool: build, check and export the notebooks. `make test` runs its checks, `make page` its builder.
+"""The pages' tool: build, check and export the notebooks.
 
-    python tools/pages.py text 02_weights     # write nbs/02_weights.py (percent format) to edit outside Jupyter
-    python tools/pages.py build 02_weights    # text (if any) -> notebook -> executed, outputs stored, cleaned, exported
+`make test` runs its checks, `make page` its builder.
+
+    python tools/pages.py text 02_weights     # write nbs/02_weights.py, to edit outside Jupyter
+    python tools/pages.py build 02_weights    # text (if any) -> notebook -> exported, executed,
+                                              # outputs stored, cleaned
     python tools/pages.py clean --check       # are all notebooks clean, in nbdev's sense?
-    python tools/pages.py export --check      # does deleting the generated modules and exporting again change nothing?
+    python tools/pages.py export --check      # do the notebooks export just these modules?
     python tools/pages.py readme --check      # is README.md what nbs/index.ipynb gives?
-    python tools/pages.py run [names]         # nbdev's test of each page, one process a page, stored outputs compared
+    python tools/pages.py run [names]         # each page in a process of its own, outputs compared
     python tools/pages.py run 11_vllm --flags vllm    # its cells that need vLLM too
+    python tools/pages.py run --numerics      # only pages that hang on a processor's kernels
 
-How outputs are compared, and the directives that allow a difference, stand in `outputs.py`. Text on stderr and pictures are never
-compared.
+How outputs are compared, and the directives that allow a difference, stand in `outputs.py`. Text on
+stderr and pictures are never compared.
 """
 
 import argparse
@@ -22,17 +26,37 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import leftovers
 from outputs import difference, directives
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB, PROC = ROOT / "nbs", ROOT / "minirl_nb", ROOT / "_proc"
 WIDTH = 100
 PAGE_TIMEOUT = 600  # seconds; a page takes about a minute, on a loaded machine more
+SECONDS = ROOT / "tools" / "seconds.json"
+PAGE_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",
+    "MPLBACKEND": "agg",
+    "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    "TORCHINDUCTOR_CACHE_DIR": str(PROC / "inductor"),  # torch's default is the temporary folder
+}
+# Pages whose numbers cannot hang on a processor's kernels, and why; `run --numerics` skips them
+NO_NUMERICS = {
+    "09_tasks": "text, files and exact verdicts",
+    "09b_benchmarks": "text, files and exact verdicts",
+    "index": "no code",
+}
 
 
 def notebooks(names=()):
@@ -50,7 +74,7 @@ def notebook_cells(path):
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
-# ---------------------------------------------------------------------------------------------- clean
+# -------------------------------------------------------------------------------------------- clean
 def cleaned(text):
     """The notebook `text` as nbdev_clean writes it."""
     from execnb.nbio import dict2nb, nb2str
@@ -90,7 +114,7 @@ def clean(names, check):
     )
 
 
-# ---------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------------------------- export
 @contextmanager
 def _locked():
     """One export at a time: they share `_modidx.py`."""
@@ -105,7 +129,7 @@ def _generated():
 
 
 def _wrapped(block, indent):
-    """A paragraph, or the items of a list, within `WIDTH` columns; the first line leaves room for `indent`."""
+    """A paragraph, or the items of a list, within `WIDTH` columns behind `indent`."""
     lines = []
     for item in re.split(r"\n(?=[-*] |\d+\. )", block):
         marker = re.match(r"[-*] |\d+\. |", item).group()
@@ -191,7 +215,10 @@ def _write_package_files():
 
 
 def export(names=(), check=False):
-    """Export pages to modules; with `check`, delete every generated module first and require the same bytes back."""
+    """Export pages to modules.
+
+    With `check`, delete every generated module first and require the same bytes back.
+    """
     os.chdir(ROOT)
     from nbdev.config import add_init
     from nbdev.doclinks import _build_modidx
@@ -223,13 +250,14 @@ def export(names=(), check=False):
     if check and before != after:
         changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
         sys.exit(
-            f"the package is not what the notebooks export: {', '.join(changed)}; run `python tools/pages.py export`"
+            f"the package is not what the notebooks export: {', '.join(changed)}; "
+            "run `python tools/pages.py export`"
         )
     print(f"export: {len(after)} modules" + (", unchanged" if check else ""))
 
 
 def exported_modules(path):
-    """Files of the package that a page writes: its `default_exp`, and what `#| export MODULE` names in single cells."""
+    """Files of the package that a page writes: by `default_exp`, and by `#| export MODULE`."""
     names = set()
     for cell in notebook_cells(path):
         for name in re.findall(
@@ -239,9 +267,9 @@ def exported_modules(path):
     return names
 
 
-# ---------------------------------------------------------------------------------------------- readme
+# ------------------------------------------------------------------------------------------- readme
 def readme(check):
-    """README.md from nbs/index.ipynb: nbdev's documentation processors, then nbconvert; no Quarto."""
+    """README.md from nbs/index.ipynb: nbdev's processors, then nbconvert; no Quarto."""
     os.chdir(ROOT)
     from nbdev.processors import FilterDefaults
     from nbdev.serve_drv import main as process
@@ -306,7 +334,7 @@ def readme(check):
 
 # ---------------------------------------------------------------------------------------------- run
 def _execute_here(path, result):
-    """Run one page in this process by nbdev's own test and write the notebook with its new outputs to `result`."""
+    """Run one page in this process by nbdev's own test; `result` gets it with its new outputs."""
     os.chdir(ROOT)
     import nbdev.test
     from execnb.nbio import nb2str
@@ -346,67 +374,112 @@ def compare(stored, fresh):
     return messages
 
 
-def run(names, jobs, write=False):
-    """Run pages, each in a process of its own with one thread, `jobs` at a time."""
-    work = ROOT / "_proc" / f"pages-{os.getpid()}"
+def seconds_of_pages():
+    """{page: seconds} as recorded by `run --record`."""
+    return json.loads(SECONDS.read_text(encoding="utf-8"))["pages"] if SECONDS.exists() else {}
+
+
+def record(measured):
+    """Keep the seconds of pages, rounded, and forget pages that are gone."""
+    kept = json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.exists() else {}
+    pages = kept.get("pages", {}) | {name: round(s) for name, s in measured.items()}
+    kept["pages"] = {p.stem: pages[p.stem] for p in notebooks() if p.stem in pages}
+    SECONDS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass
+class _Running:
+    """One page that runs in a process of its own, with a temporary folder of its own."""
+
+    path: Path
+    result: Path  # where the notebook with fresh outputs will be
+    folder: Path
+    process: subprocess.Popen
+    started: float
+
+    @classmethod
+    def start(cls, path, work):
+        result, folder = work / path.name, Path(tempfile.mkdtemp(prefix="page-"))
+        env = os.environ | PAGE_ENVIRONMENT | {"TMPDIR": str(folder)}
+        words = [sys.executable, __file__, "_execute", str(path), str(result)]
+        with open(result.with_suffix(".out"), "w") as log:
+            process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
+        return cls(path, result, folder, process, time.time())
+
+    def ended(self):
+        return self.process.poll() is not None or self.seconds() > PAGE_TIMEOUT
+
+    def seconds(self):
+        return time.time() - self.started
+
+    def problems(self, write):
+        """What is wrong with a page that ended; with `write`, its outputs are stored."""
+        found = []
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+            found.append(f"still running after {PAGE_TIMEOUT} s")
+        if self.process.returncode:
+            found.append(self.result.with_suffix(".out").read_text()[-6000:])
+        elif write:
+            self.path.write_text(self.result.read_text(encoding="utf-8"), encoding="utf-8")
+        else:
+            stored, fresh = (json.loads(p.read_text()) for p in (self.path, self.result))
+            found += compare(stored, fresh)
+        found += [f"left behind, {said}" for said in leftovers.tidy(self.folder)]
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return found
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+        leftovers.tidy(self.folder, patience=0)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run(names, jobs, write=False, keep_seconds=False):
+    """Run pages, each in a process of its own with one thread, `jobs` at a time, the longest first.
+
+    A page fails if a cell raises, prints what its stored output does not allow, or leaves a file in
+    the temporary folder or a process behind.
+    """
+    work = PROC / f"pages-{os.getpid()}"
     work.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONHASHSEED": "0",
-        "MPLBACKEND": "agg",
-        "PYTHONWARNINGS": "ignore::DeprecationWarning",
-    }
-    # the slowest pages first, so that two at a time end together; outputs' sizes stand in for a page's duration
-    queue = sorted(notebooks(names), key=lambda p: -len(p.read_bytes()))
-    running, failed, started = {}, [], time.time()
-    while queue or running:
-        while queue and len(running) < jobs:
-            path = queue.pop(0)
-            result = work / path.name
-            log = open(result.with_suffix(".out"), "w")
-            p = subprocess.Popen(
-                [sys.executable, __file__, "_execute", str(path), str(result)],
-                env=env,
-                stdout=log,
-                stderr=log,
-            )
-            running[p] = (path, result, time.time())
-        time.sleep(0.05)
-        for p in list(running):
-            path, result, t0 = running[p]
-            late = time.time() - t0 > PAGE_TIMEOUT
-            if late:
-                p.kill()
-            if p.poll() is None:
-                continue
-            del running[p]
-            seconds = time.time() - t0
-            problems = []
-            if late:
-                problems.append(f"still running after {PAGE_TIMEOUT} s")
-            if p.returncode:
-                problems.append(result.with_suffix(".out").read_text()[-6000:])
-            elif write:
-                path.write_text(result.read_text(encoding="utf-8"), encoding="utf-8")
-            else:
-                problems += compare(json.loads(path.read_text()), json.loads(result.read_text()))
-            print(
-                f"  {'ok  ' if not problems else 'FAIL'} {path.name}  {seconds:.0f} s", flush=True
-            )
-            for m in problems:
-                print("    " + m.replace("\n", "\n    "), flush=True)
-            if problems:
-                failed.append(path.name)
-    shutil.rmtree(work, ignore_errors=True)
+    known = seconds_of_pages()
+    queue = sorted(notebooks(names), key=lambda p: -known.get(p.stem, PAGE_TIMEOUT))
+    count, running, failed, measured, started = len(queue), [], [], {}, time.time()
+    try:
+        while queue or running:
+            while queue and len(running) < jobs:
+                running.append(_Running.start(queue.pop(0), work))
+            time.sleep(0.05)
+            for page in [p for p in running if p.ended()]:
+                measured[page.path.stem] = page.seconds()
+                problems = page.problems(write)
+                running.remove(page)
+                mark = "FAIL" if problems else "ok  "
+                print(f"  {mark} {page.path.name}  {measured[page.path.stem]:.0f} s", flush=True)
+                for said in problems:
+                    print("    " + said.replace("\n", "\n    "), flush=True)
+                if problems:
+                    failed.append(page.path.name)
+    finally:
+        for page in running:
+            page.stop()
+        shutil.rmtree(work, ignore_errors=True)
     if failed:
         sys.exit(f"pages failed: {', '.join(failed)}")
-    print(f"run: {len(notebooks(names))} pages in {time.time() - started:.0f} s")
+    if keep_seconds:
+        record(measured)
+    print(f"run: {count} pages in {time.time() - started:.0f} s")
 
 
-# ---------------------------------------------------------------------------------------------- text <-> notebook
+def numerics_pages():
+    """Names of the pages that compute with models or sampled numbers."""
+    return [p.stem for p in notebooks() if p.stem not in NO_NUMERICS]
+
+
+# -------------------------------------------------------------------------------- text <-> notebook
 def to_text(name):
     import jupytext
 
@@ -418,7 +491,10 @@ def to_text(name):
 
 
 def from_text(name):
-    """Replace the page's cells by those of its text form; a cell that did not change keeps its id and outputs."""
+    """Replace the page's cells by those of its text form.
+
+    A cell that did not change keeps its id and outputs.
+    """
     import jupytext
 
     source, target = NBS / f"{name}.py", NBS / f"{name}.ipynb"
@@ -491,25 +567,32 @@ def main():
         default="",
         help="run cells with these directives too, such as vllm, which are skipped otherwise",
     )
+    parser.add_argument(
+        "--numerics", action="store_true", help="run the pages that hang on a processor's kernels"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="keep the seconds of pages in tools/seconds.json"
+    )
     args = parser.parse_args()
+    names = [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names]
     if args.flags:
         os.environ["PAGES_FLAGS"] = args.flags
     if args.command == "clean":
-        clean(args.names, args.check)
+        clean(names, args.check)
     elif args.command == "export":
-        export(args.names, args.check)
+        export(names, args.check)
     elif args.command == "readme":
         readme(args.check)
     elif args.command == "run":
-        run(args.names, args.jobs)
-    elif args.command == "text":
-        for name in args.names:
-            to_text(name.removesuffix(".ipynb").removeprefix("nbs/"))
-    elif args.command == "build":
-        build(
-            [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names],
-            args.jobs,
+        wanted = (
+            [n for n in numerics_pages() if not names or n in names] if args.numerics else names
         )
+        run(wanted, args.jobs, keep_seconds=args.record)
+    elif args.command == "text":
+        for name in names:
+            to_text(name)
+    elif args.command == "build":
+        build(names, args.jobs)
     else:
         _execute_here(Path(args.names[0]), Path(args.names[1]))
 
