@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 
 SECONDS = ROOT / "tools" / "seconds.json"  # of each file of tests, by `pytest --record-seconds`
 UNKNOWN = 300  # seconds assumed of a file without a record: it starts early
-# Files whose verdicts hang on floating-point kernels; `make numerics` runs them once more with others.
+# Files whose verdicts hang on floating-point kernels: `make numerics` runs them with others too.
 # The rest tests files, text, messages and counts, or compares bits within one process.
 NUMERICS = {
     "test_exact.py": "float64 identities",
@@ -46,6 +46,10 @@ NUMERICS = {
     "test_routing.py": "replay of near ties",
     "test_fp8.py": "rounding",
     "test_one_page.py": "the entry page against the loop",
+    "test_validity.py": "the meters of the approximation",
+    "test_rollout.py": "sampling, and probes of an engine",
+    "test_coldstart.py": "losses of a short training",
+    "test_train.py": "short runs of the loop",
 }
 
 

@@ -39,7 +39,7 @@ def test_each_module_has_one_page_and_every_page_a_number_or_is_the_index():
     assert sorted(pages) == sorted(files.keys() - listing)
     for name in listing:  # a package file that no page writes holds its list of modules and no code
         assert len(ast.parse(files[name].read_text()).body) == 1, f"{files[name]} holds code"
-    assert all(re.match(r"\d\d[a-z]?_\w+\.ipynb|index\.ipynb", p.name) for p in PAGES)
+    assert all(re.match(r"\d\d[a-z]*_\w+\.ipynb|index\.ipynb", p.name) for p in PAGES)
 
 
 @pytest.mark.parametrize("module", floors.module_files())
@@ -115,12 +115,12 @@ def test_a_module_opens_with_its_claim(path):
     page = floors.module_pages().get(module_name(path))
     if page:
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        assert said.startswith("**Claim.**") and said.rstrip().endswith((".", "`", ")", "*"))
+        assert said.startswith("**Claim.**") and said.rstrip().endswith((".", "?", "!", "`"))
 
 
 # ------------------------------------------------------------------------------- what is compared
 # Cells whose text no run compares: times and memory sizes. New ones need a better idea.
-VOLATILE_CEILING = 18
+VOLATILE_CEILING = 10
 
 
 def test_every_band_parses_and_has_a_reason():
@@ -181,7 +181,7 @@ def test_form_of_a_page(page):
     assert len(cells(page)) <= 66
     last = cells(page)[-1]
     assert last["cell_type"] == "markdown"
-    assert re.search(r"\bnext\b|page `\d\d_", text(last), re.I), (
+    assert re.search(r"\bnext\b|page `\d\d[a-z]*_", text(last), re.I), (
         "a page ends with what the next one needs"
     )
 
@@ -266,7 +266,8 @@ def test_every_import_of_the_package_is_required():
     "A package that the modules import is one of the requirements, or an optional one."
     config = ConfigParser(delimiters=["="], interpolation=None)
     config.read(ROOT / "settings.ini")
-    optional = {"vllm", "requests", "tensorboard", "wandb", "trackio", "minirl-nb"}
+    optional = {"vllm", "reasoning-gym", "tensorboard", "wandb", "trackio", "minirl-nb"}
+    optional |= {"antlr4", "requests"}  # they come with math-verify and with datasets
     names = {"yaml": "pyyaml"}
     known = required(config["DEFAULT"]["requirements"]) | optional | set(sys.stdlib_module_names)
     for path in MODULES:

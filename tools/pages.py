@@ -53,8 +53,17 @@ PAGE_ENVIRONMENT = {
 }
 # Pages whose numbers cannot hang on a processor's kernels, and why; `run --numerics` skips them
 NO_NUMERICS = {
-    "09_tasks": "text, files and exact verdicts",
-    "09b_benchmarks": "text, files and exact verdicts",
+    "04c_ragged": "indices and bytes",
+    "05_batch": "indices and bytes",
+    "09_answers": "text and exact verdicts",
+    "09_verification": "text and exact verdicts",
+    "09a_arithmetic": "text and exact verdicts",
+    "09ab_problem_files": "text and files",
+    "09b_tasks": "text and files",
+    "09c_benchmarks": "text and files",
+    "09d_selection": "text and files",
+    "14_config": "messages",
+    "14b_checks": "messages",
     "index": "no code",
 }
 
@@ -164,8 +173,8 @@ def docstring(source):
     if not claim:
         return ""
     claim = [part for block in claim for part in re.split(r"\n\s*\n", block)]
-    if blocks and blocks[-1].rstrip().endswith(":"):  # it introduces what stands only on the page
-        del blocks[-1]
+    if blocks and not blocks[-1].rstrip().endswith((".", "?", "!", "`")):
+        del blocks[-1]  # it introduces what stands only on the page
     text = claim + blocks
     opening = 'r"""' if any("\\" in block for block in text) else '"""'
     text = "\n\n".join(
