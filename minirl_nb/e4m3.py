@@ -37,8 +37,8 @@ def _round_(y: Tensor) -> Tensor:
     """Round float32 `y`, |y| < 464 or NaN, to E4M3 in place.
 
     2^e <= |y| < 2^(e+1) has the quantum 2^(e-3) in E4M3. Adding 1.5 * 2^(e+20), whose float32
-    quantum is that same number, leaves the processor no choice but to round as wanted, ties to even;
-    subtracting it again is exact.
+    quantum is that same number, leaves the processor no choice but to round as wanted, ties to
+    even; subtracting it again is exact.
     """
     bits = torch.bitwise_and(y.view(torch.int32), _EXPONENT).clamp_(min=_LEAST)
     power = bits.view(torch.float32)  # 2^max(e, -6)

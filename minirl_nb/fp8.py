@@ -265,8 +265,8 @@ def emulate(model: nn.Module, spec: str | Scheme | None, skip: str = "") -> nn.M
     """Turn `model` into its FP8 self, in place: weights now, activations in every forward to come.
 
     `spec` names a scheme (`SCHEMES`); with None or "none" not a bit of the model changes. The
-    rounded weights stay in the parameters, in the model's dtype (one of `CARRIERS`), so keep the trainer's
-    copy elsewhere and use `load_` to refresh. ValueError: emulated already, another dtype, weights
+    rounded weights stay in the parameters, in the model's dtype (one of `CARRIERS`), so keep the
+    trainer's copy elsewhere and use `load_` to refresh. ValueError: emulated already, another dtype, weights
     that are not finite. NotImplementedError: see `targets`.
     """
     wanted = scheme(spec)
