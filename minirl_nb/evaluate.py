@@ -52,7 +52,7 @@ def resampling(sizes: Sequence[int], draws: int = DRAWS, seed: int = 0) -> list[
         )
     return counts
 
-# %% ../nbs/13_evaluate.ipynb #8a0a17a6
+# %% ../nbs/13_evaluate.ipynb #e517e18f
 def bootstrap_interval(
     means: Sequence[Tensor],  # for each benchmark the value of each problem: float [..., P_k]
     confidence: float = CONFIDENCE,
@@ -72,9 +72,8 @@ def bootstrap_interval(
         return tuple(
             torch.full(means[0].shape[:-1], s * math.inf, dtype=torch.float64) for s in (-1, 1)
         )
-    resampled = sum(m.double() @ w.T for m, w in zip(means, resampling(sizes, draws, seed))) / len(
-        sizes
-    )  # [..., draws]
+    weights = resampling(sizes, draws, seed)
+    resampled = sum(m.double() @ w.T for m, w in zip(means, weights)) / len(sizes)  # [..., draws]
     tail = (1 - confidence) / 2
     if expand:
         degrees = sum(sizes) - len(sizes)
