@@ -28,7 +28,7 @@ class Problem:
     problem: str
     answer: str
 
-# %% ../nbs/09_answers.ipynb #9a33b2a7
+# %% ../nbs/09_answers.ipynb #9a1e9efc
 TAIL = 4000  # characters at the end of a response in which its answer is looked for
 
 
@@ -58,7 +58,7 @@ def _math_gold(answer: str) -> list:
     marked = any(mark in answer for mark in ("$", "\\boxed", "\\(", "\\["))
     return _parse(answer if marked else f"\\boxed{{{answer}}}")
 
-
+# %% ../nbs/09_answers.ipynb #5a73ac63
 def _box_end(text: str, start: int) -> int | None:
     "Index after the brace that closes the \\boxed{ at `start`; None if none does."
     depth = 0
@@ -91,7 +91,7 @@ def last_boxes(text: str) -> str:
         first -= 1
     return text[spans[first][0] : spans[-1][1]]
 
-
+# %% ../nbs/09_answers.ipynb #b6cbba43
 _BOX = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
 _INTEGER = re.compile(r"-?\d{1,100}")
 

@@ -23,7 +23,7 @@ from .verification import Problem
 if TYPE_CHECKING:  # the problems and their verifier take neither torch nor transformers
     from transformers import PreTrainedTokenizerFast
 
-# %% ../nbs/09a_arithmetic.ipynb #d9fdfcab
+# %% ../nbs/09a_arithmetic.ipynb #223bd89b
 ARITHMETIC_SYMBOLS = "0123456789+-*=."
 TRAINING_PROBLEMS, BENCHMARK_PROBLEMS = 4096, 30
 BANDS = {"easy": (0, 2), "medium": (3, 4), "hard": (5, 6)}  # carries, both ends included
@@ -46,7 +46,7 @@ def carries(a: int, b: int) -> int:
         total += row
     return count
 
-
+# %% ../nbs/09a_arithmetic.ipynb #cf583147
 def arithmetic_problems(seed: int = 0) -> dict[str, list[Problem]]:
     """The problems of the built-in task by file name: "train" and the benchmarks "easy", "medium",
     "hard".

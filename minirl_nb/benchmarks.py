@@ -30,7 +30,7 @@ from . import tasks
 from .answers import Problem
 from .problem_files import local_dataset
 
-# %% ../nbs/09c_benchmarks.ipynb #78fd5fee
+# %% ../nbs/09c_benchmarks.ipynb #82b1cc8a
 @dataclass(frozen=True)
 class ProblemSet:
     """A published list of problems that a name stands for: a Hugging Face data set, fixed by a
@@ -70,7 +70,7 @@ def answers_sha256(problems: Sequence[Problem]) -> str:
     typesetting of its problems."""
     return hashlib.sha256("\n".join(sorted(p.answer for p in problems)).encode()).hexdigest()
 
-
+# %% ../nbs/09c_benchmarks.ipynb #cf95f03f
 _DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of "
     "the form Answer: $Answer "
@@ -180,7 +180,7 @@ SETS: dict[str, ProblemSet] = {
     ),
 }
 
-
+# %% ../nbs/09c_benchmarks.ipynb #2c81db47
 def _command(entry: ProblemSet, root: str = "$MINIRL_DATA") -> str:
     place = f"--local-dir {root}/{entry.path}"
     return f"hf download {entry.path} --repo-type dataset --revision {entry.revision} {place}"
@@ -204,7 +204,7 @@ def catalog() -> str:
     ]
     return "\n".join(lines + help_)
 
-# %% ../nbs/09c_benchmarks.ipynb #54ae8079
+# %% ../nbs/09c_benchmarks.ipynb #05e7d717
 class ContentError(ValueError):
     "A published set is not what its name stands for."
 
@@ -214,7 +214,7 @@ def _mirrored(folder: Path) -> set[str]:
     notes = sorted((folder / ".cache" / "huggingface" / "download").rglob("*.metadata"))
     return {n.read_text(encoding="utf-8").split("\n", 1)[0].strip() for n in notes}
 
-
+# %% ../nbs/09c_benchmarks.ipynb #75274176
 def _open(name: str, entry: ProblemSet, root: str | Path | None, revision: str) -> tuple[Any, str]:
     """(data set, where it came from): from the local copies under `root` (or MINIRL_DATA), or from
     the hub at a commit."""
@@ -259,7 +259,7 @@ def _open(name: str, entry: ProblemSet, root: str | Path | None, revision: str) 
         else f"{entry.path} {part}, a local copy that does not know its commit",
     )
 
-
+# %% ../nbs/09c_benchmarks.ipynb #484c58fe
 def _texts(table, path: str, where: str) -> Any:
     """A column as Arrow text; dots reach into lists and structures without a Python object for each
     row."""
@@ -281,7 +281,7 @@ def _texts(table, path: str, where: str) -> Any:
             f"{where}: no column {path!r}; it has {', '.join(table.column_names)}"
         ) from e
 
-
+# %% ../nbs/09c_benchmarks.ipynb #1a74ff51
 @dataclass
 class _Published:
     problems: list[Problem]
@@ -316,7 +316,7 @@ def _unwrapped(text: str, entry: ProblemSet) -> str:
         text = text[len(before) : len(text) - len(after)]
     return text.strip()
 
-
+# %% ../nbs/09c_benchmarks.ipynb #038e2256
 def _distinct_rows(data, entry: ProblemSet, source: str) -> list[dict]:
     """The distinct pairs of `problem` and `answer`, in the order of their first rows: with
     `row_min`, that row, and `rate_mean`, the mean of the published rates or None."""
@@ -346,7 +346,7 @@ def _integer_answer(answer: str, entry: ProblemSet, where: str) -> str:
         )
     return str(int(answer))
 
-
+# %% ../nbs/09c_benchmarks.ipynb #b8238772
 class _Reading:
     """The rows of a set, one after the other: problems found, and rows dropped by reason. A
     benchmark drops none."""
@@ -393,7 +393,7 @@ class _Reading:
         self.found[problem.problem] = None
         return "with two answers"
 
-
+# %% ../nbs/09c_benchmarks.ipynb #2b35f82a
 def _read(name: str, root: str | Path | None = None, revision: str | None = None) -> _Published:
     if name not in SETS:
         raise ValueError(f"no published set {name!r}; there are {', '.join(SETS)}")
@@ -425,7 +425,7 @@ def _read(name: str, root: str | Path | None = None, revision: str | None = None
     notes = ", ".join([f"{len(problems)} problems of {len(data)} rows", *dropped])
     return _Published(problems, f"{source}: {notes}", reading.rates)
 
-
+# %% ../nbs/09c_benchmarks.ipynb #2e76f345
 def published_problems(
     name: str,
     root: str | Path | None = None,  # folder of local copies; None: MINIRL_DATA

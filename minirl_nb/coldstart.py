@@ -76,7 +76,7 @@ def teach(problem: Problem, teacher: str, corruption: float, rng: random.Random)
         for c in f"{chain}={problem.answer}."
     )
 
-# %% ../nbs/12_coldstart.ipynb #0e0d656f
+# %% ../nbs/12_coldstart.ipynb #375019a0
 @dataclass
 class ColdStartConfig:
     "Settings of a supervised cold start (`train`)."
@@ -128,7 +128,7 @@ class ColdStartConfig:
         if not self.lr > 0:
             raise ValueError(f"lr = {self.lr} must be positive")
 
-
+# %% ../nbs/12_coldstart.ipynb #005be107
 def tiny_moe(
     vocab_size: int, eos_token_id: int, pad_token_id: int, positions: int = 128
 ) -> Qwen3MoeForCausalLM:
@@ -155,7 +155,7 @@ def tiny_moe(
     )
     return Qwen3MoeForCausalLM(config)
 
-# %% ../nbs/12_coldstart.ipynb #45d9404c
+# %% ../nbs/12_coldstart.ipynb #cf7c3271
 @dataclass
 class Trace:
     "A prompt and a response in tokens, the end token included."
@@ -163,7 +163,7 @@ class Trace:
     prompt: list[int]
     response: list[int]
 
-
+# %% ../nbs/12_coldstart.ipynb #e8207692
 def _teacher_traces(config: ColdStartConfig, tokenizer) -> list[Trace]:
     task, rng = load(config.task), random.Random(config.seed)
     if task.verifier is not verify_arithmetic:
@@ -185,7 +185,7 @@ def _teacher_traces(config: ColdStartConfig, tokenizer) -> list[Trace]:
         for p, prompt in zip(task.problems, prompts)
     ]
 
-
+# %% ../nbs/12_coldstart.ipynb #8ee76983
 def _file_traces(path: str, tokenizer) -> list[Trace]:
     traces, eos, pad = [], tokenizer.eos_token_id, tokenizer.pad_token_id
     for where, row in rows(path):
@@ -218,7 +218,7 @@ def collate(traces: Sequence[Trace], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens[at < length[:, None]] = torch.tensor([x for t in traces for x in t.prompt + t.response])
     return tokens, (at >= start[:, None]) & (at < length[:, None]), length
 
-# %% ../nbs/12_coldstart.ipynb #cdbf275b
+# %% ../nbs/12_coldstart.ipynb #a64e72fe
 def learning_rate(
     step: int,  # number of the optimiser step, from 0
     *,
@@ -259,11 +259,11 @@ def _rate(step: int, config: ColdStartConfig) -> float:
         floor=0.05,
     )
 
-
+# %% ../nbs/12_coldstart.ipynb #e02f0692
 @dataclass
 class ColdStartResult:
     """What `train` made: the checkpoint's folder, the model and tokenizer, and the metrics that
-    went to metrics.jsonl (step, loss and entropy in nats a token, lr, gradient norm, processor
+    went to metrics.jsonl (step, loss and entropy in nats per token, lr, gradient norm, processor
     seconds)."""
 
     folder: Path
@@ -271,7 +271,7 @@ class ColdStartResult:
     tokenizer: PreTrainedTokenizerBase
     metrics: list[dict[str, float]]
 
-
+# %% ../nbs/12_coldstart.ipynb #02a78f57
 def _prepare(config: ColdStartConfig):
     "Model, tokenizer and traces, all checked before any step is made."
     if config.model:
@@ -304,7 +304,7 @@ def _prepare(config: ColdStartConfig):
         )
     return model, tokenizer, traces
 
-
+# %% ../nbs/12_coldstart.ipynb #a25e692a
 def _optimizer(model, config: ColdStartConfig) -> torch.optim.Optimizer:
     "AdamW with weight decay on matrices only."
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -324,7 +324,7 @@ def _batches(traces: list[Trace], config: ColdStartConfig):
         yield [traces[i] for i in order[: config.batch_size].tolist()]
         order = order[config.batch_size :]
 
-
+# %% ../nbs/12_coldstart.ipynb #2c0a3004
 def train(config: ColdStartConfig) -> ColdStartResult:
     """Train on the traces by the mean negative log-likelihood of their response tokens, and save
     the checkpoint.
@@ -369,7 +369,7 @@ def train(config: ColdStartConfig) -> ColdStartResult:
     _save(output, config, model, tokenizer, metrics)
     return ColdStartResult(output, model, tokenizer, metrics)
 
-
+# %% ../nbs/12_coldstart.ipynb #3111ee2e
 def _save(output: Path, config: ColdStartConfig, model, tokenizer, metrics) -> None:
     "Write the checkpoint to the side and rename it: a folder of this name is always complete."
     side = output.with_name(output.name + f".{os.getpid()}")

@@ -25,7 +25,7 @@ import minirl_nb.benchmarks  # noqa: F401 - tasks.load then knows the published 
 from .rollout import Engine, Sampling
 from .tasks import Problem, Task
 
-# %% ../nbs/13_evaluate.ipynb #885ce075
+# %% ../nbs/13_evaluate.ipynb #9154dbff
 CONFIDENCE, DRAWS = 0.95, 10_000
 
 
@@ -58,7 +58,7 @@ def resampling(sizes: Sequence[int], draws: int = DRAWS, seed: int = 0) -> list[
         )
     return counts
 
-
+# %% ../nbs/13_evaluate.ipynb #e517e18f
 def bootstrap_interval(
     means: Sequence[Tensor],  # for each benchmark the value of each problem: float [..., P_k]
     confidence: float = CONFIDENCE,
@@ -78,9 +78,8 @@ def bootstrap_interval(
         return tuple(
             torch.full(means[0].shape[:-1], s * math.inf, dtype=torch.float64) for s in (-1, 1)
         )
-    resampled = sum(m.double() @ w.T for m, w in zip(means, resampling(sizes, draws, seed))) / len(
-        sizes
-    )  # [..., draws]
+    weights = resampling(sizes, draws, seed)
+    resampled = sum(m.double() @ w.T for m, w in zip(means, weights)) / len(sizes)  # [..., draws]
     tail = (1 - confidence) / 2
     if expand:
         degrees = sum(sizes) - len(sizes)
@@ -98,7 +97,7 @@ def bootstrap_interval(
 
     return quantile(tail), quantile(1 - tail)
 
-# %% ../nbs/13_evaluate.ipynb #f38819b2
+# %% ../nbs/13_evaluate.ipynb #826b1029
 @dataclass
 class EvalResult:
     """What a policy scored.
@@ -194,7 +193,7 @@ class EvalResult:
             f"{cut:.3f}",
         ]
 
-
+# %% ../nbs/13_evaluate.ipynb #fec6ecb1
 def _table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
 
@@ -204,12 +203,12 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
     return "\n".join([line(header), "-" * len(line(header)), *map(line, rows)])
 
-# %% ../nbs/13_evaluate.ipynb #363e96cf
+# %% ../nbs/13_evaluate.ipynb #3b1f0964
 def evaluate(
     engine: Engine,  # whose policy, in whose numerics
     task: Task,  # verifier, prompts and (where `benchmarks` is not given) benchmarks
     benchmarks: dict[str, list[Problem]] | None = None,
-    n: int = 32,  # samples a problem
+    n: int = 32,  # samples per problem
     temperature: float = 1.0,
     max_new_tokens: int = 64,
     seed: int = 0,
@@ -251,7 +250,7 @@ def evaluate(
         first += len(b)
     return result
 
-# %% ../nbs/13_evaluate.ipynb #50309dcf
+# %% ../nbs/13_evaluate.ipynb #60a48038
 @dataclass
 class Difference:
     """after - before in accuracy, with its interval; `benchmark` is None for the mean of all
@@ -267,7 +266,7 @@ class Difference:
     def mean(self) -> float:
         return self.after - self.before
 
-
+# %% ../nbs/13_evaluate.ipynb #a09dc7e3
 def paired_difference(
     before: EvalResult, after: EvalResult, confidence: float = CONFIDENCE
 ) -> dict[str | None, Difference]:
@@ -299,7 +298,7 @@ def paired_difference(
         )
     return out
 
-
+# %% ../nbs/13_evaluate.ipynb #6a14a4a8
 def difference_table(differences: dict[str | None, Difference]) -> str:
     """The table that ends a run: accuracy before and after, and the paired difference with its 95%
     interval."""

@@ -42,7 +42,7 @@ def data_path(path: str | Path) -> str:
         f"there is no {path} in {Path.cwd()}, and the package ships no data of that name"
     )
 
-# %% ../nbs/09ab_problem_files.ipynb #183cf1b3
+# %% ../nbs/09ab_problem_files.ipynb #12eccf64
 def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """("file:line", object) of each line of a JSONL file that is not blank.
 
@@ -71,7 +71,7 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     if empty:
         raise ValueError(f"{path}:1: the file is empty; each line must hold a JSON object")
 
-
+# %% ../nbs/09ab_problem_files.ipynb #3cd542ec
 def read_jsonl(path: str | Path) -> list[Problem]:
     """Problems of a JSONL file with `problem`, `answer` and an optional `id` (its line, if it has
     none).
@@ -130,7 +130,7 @@ def problem_of(row: dict, problem: str, answer: str, where: str, identifier: str
         values["answer"] = values["answer"].rpartition("####")[2].strip()
     return Problem(identifier, **values)
 
-# %% ../nbs/09ab_problem_files.ipynb #266fab3a
+# %% ../nbs/09ab_problem_files.ipynb #b0855733
 def local_dataset(folder: str | Path, config: str | None = None, split: str | None = None):
     """A data set (or a dictionary of splits) from a local folder, written by `save_to_disk` or of
     files that `datasets` knows."""
@@ -163,7 +163,7 @@ def hub_problems(source: str, options: dict[str, str]) -> list[Problem]:
         for i, row in enumerate(data)
     ]
 
-
+# %% ../nbs/09ab_problem_files.ipynb #4fcde144
 def _hub_split(path: str, split: str | None, options: dict[str, str]):
     "One split of a data set; without a name, `train` or the only one."
     import datasets

@@ -33,7 +33,7 @@ from .problem_files import rows, write_jsonl
 from .tasks import Task, fingerprint, load
 from .verification import pool
 
-# %% ../nbs/09d_selection.ipynb #394b6cb9
+# %% ../nbs/09d_selection.ipynb #943cf66b
 _COMMANDS = (
     "left|right|displaystyle|textstyle|limits|quad|qquad|text|textbf|textit|mathrm|mathbf|mathit"
     "|operatorname|big+[lr]?|begin|end|hspace|vspace|noindent|par|newline"
@@ -45,10 +45,11 @@ _TOKEN = re.compile(r"[a-z]+|\d+|[^\s]")
 
 
 def words(text: str) -> list[str]:
-    """A problem as a list of words, numbers and signs, without case, punctuation, braces and
-    LaTeX's
-    layout: what two copies of one problem share however they were typed. Scripts without blanks
-        give one word a character."""
+    """A problem as a list of words, numbers and signs: what two copies of one problem share
+    however they were typed.
+
+    Case, punctuation, braces and LaTeX's layout are left out. Scripts without blanks give one
+    word per character."""
     text = (
         unicodedata.normalize("NFKC", text)
         .casefold()
@@ -57,7 +58,7 @@ def words(text: str) -> list[str]:
     )
     return _TOKEN.findall(_LAYOUT.sub(" ", text))
 
-
+# %% ../nbs/09d_selection.ipynb #9ab085e1
 class Overlap:
     """How much of a benchmark problem stands in a text: the share of its n-grams (runs of n
     `words`) that occur there.
@@ -94,7 +95,7 @@ class Overlap:
         best = max(counts, key=lambda i: (counts[i] / self.sizes[i], -i), default=None)
         return (0.0, None) if best is None else (counts[best] / self.sizes[best], self.names[best])
 
-# %% ../nbs/09d_selection.ipynb #5073362a
+# %% ../nbs/09d_selection.ipynb #6bcfbe4d
 _GUESSABLE = re.compile(
     r"\(?[A-E]\)?\.?|\([a-e]\)|(?i:yes|no|true|false|none|does not exist)"
 )  # e alone is a number
@@ -108,7 +109,7 @@ def guessable(answer: str) -> bool:
         )
     )
 
-
+# %% ../nbs/09d_selection.ipynb #ba1c9165
 _MARKUP = re.compile(r"\\(?:begin|end)\{[a-z*]+\}|\\[a-zA-Z]+")
 _FUNCTIONS = {
     "and",
@@ -146,7 +147,7 @@ def in_words(answer: str) -> bool:
         w.lower() not in _FUNCTIONS for w in re.findall(r"[A-Za-z]{3,}", _MARKUP.sub(" ", answer))
     )
 
-
+# %% ../nbs/09d_selection.ipynb #f8b158db
 def verifiable(
     answers: Sequence[str], known: str | Path | None = None, chunk: int = 2048
 ) -> dict[str, bool]:
@@ -184,7 +185,7 @@ def json_line(**values) -> str:
     "A line of a JSONL file."
     return json.dumps(values, ensure_ascii=False) + "\n"
 
-# %% ../nbs/09d_selection.ipynb #0304cf2e
+# %% ../nbs/09d_selection.ipynb #76b8f2c8
 @dataclass
 class Filtered:
     """What a filter left, and what it took.
@@ -214,7 +215,7 @@ class Filtered:
 def _key(text: str) -> str:
     return " ".join(words(text))
 
-
+# %% ../nbs/09d_selection.ipynb #9fb762a3
 def _by_words(problems: Sequence[Problem]) -> list[list[Problem]]:
     "Problems that are the same words, in one order whatever the order of the input."
     groups: dict[str, list[Problem]] = defaultdict(list)
@@ -236,7 +237,7 @@ def _with_two_answers(groups: list[list[Problem]]) -> dict[str, str]:
             reasons |= {p.id: why for p in group}
     return reasons
 
-
+# %% ../nbs/09d_selection.ipynb #4edd1090
 def filter_problems(
     problems: Sequence[Problem],
     benchmarks: Mapping[str, Sequence[Problem]] | None = None,  # what they must not contain
@@ -285,7 +286,7 @@ def filter_problems(
         left.drop("not chosen", {p.id: "" for p in left.problems[count:]})
     return left
 
-
+# %% ../nbs/09d_selection.ipynb #aaecfd05
 def _shared(problems: Sequence[Problem], share_of: Overlap, limit: float) -> dict[str, str]:
     """Problems that are copies of a benchmark's, each with its share and the problem that it is a
     copy of."""
@@ -305,7 +306,7 @@ def _digest(problem: Problem, seed: int) -> bytes:
     text = f"{seed}:{_key(problem.problem)}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
-# %% ../nbs/09d_selection.ipynb #a7f68445
+# %% ../nbs/09d_selection.ipynb #7fa1125a
 def pass_rates(
     sample: Callable[[list[Problem]], list[list[str]]],  # n texts for each problem
     task: Task,  # whose verifier judges
@@ -334,7 +335,7 @@ def pass_rates(
                 f.writelines(json_line(id=i, rate=r) for i, r in new.items())
     return {p.id: rates[p.id] for p in problems}
 
-
+# %% ../nbs/09d_selection.ipynb #e08fae68
 def read_rates(path: str | Path) -> dict[str, float]:
     """Pass rates of a JSONL file with `id` and `rate`; ValueError with file and line for what is
     none."""
@@ -372,7 +373,7 @@ def sampler(
 
     return sample
 
-# %% ../nbs/09d_selection.ipynb #f8a96222
+# %% ../nbs/09d_selection.ipynb #1783585b
 @dataclass(frozen=True)
 class ProblemsConfig:
     source: str = "dapo_math_17k"
@@ -400,7 +401,7 @@ class ProblemsConfig:
     seed: int = 0
     """Of the choice."""
 
-
+# %% ../nbs/09d_selection.ipynb #d1ae9029
 def make_problems(config: ProblemsConfig) -> Filtered:
     """Filter `config.source` and write OUTPUT, OUTPUT.report.json (settings, sources, hashes,
     steps) and OUTPUT.dropped.jsonl.
@@ -448,7 +449,7 @@ def make_problems(config: ProblemsConfig) -> Filtered:
     beside("report.json").write_text(text, encoding="utf-8")
     return result
 
-
+# %% ../nbs/09d_selection.ipynb #5a0eb673
 def _rates(config: ProblemsConfig) -> dict[str, float] | None:
     if config.rates == "none":
         return None

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-# %% ../nbs/09b_tasks.ipynb #778b9ea7
+# %% ../nbs/09b_tasks.ipynb #e8cd5230
 def encode_prompt(
     tokenizer,
     text: str,
@@ -88,7 +88,7 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     lines = sorted(json.dumps([p.problem, p.answer], ensure_ascii=False) for p in problems)
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
-
+# %% ../nbs/09b_tasks.ipynb #90a3c74b
 @dataclass
 class Task:
     """Problems to train on, held-out benchmarks, and the verifier of their responses.
@@ -244,7 +244,7 @@ def _flag(options: dict[str, str], key: str, name: str) -> bool | None:
         raise ValueError(f"task {name!r}: {key} is {options[key]!r}; it must be true or false")
     return options[key] == "true"
 
-# %% ../nbs/09b_tasks.ipynb #33437114
+# %% ../nbs/09b_tasks.ipynb #3137b711
 def write_arithmetic(folder: str | Path, seed: int = 0) -> list[Path]:
     """Write the built-in task's problems as JSONL, one file per list (this made data/arithmetic);
     returns the files."""
@@ -270,7 +270,7 @@ def _arithmetic_task(name: str, query: str) -> Task:
         special_tokens=True,
     )
 
-
+# %% ../nbs/09b_tasks.ipynb #61533ead
 def _listed_task(name: str, kind: str, body: str, query: str) -> Task:
     """A task of a file, a data set or a published set: problems from there, and the options that
     these kinds share."""
@@ -304,7 +304,7 @@ def _listed_task(name: str, kind: str, body: str, query: str) -> Task:
 
 _LITERAL = re.compile(r"-?[\d.]+|true|false|null|\[.*\]")
 
-
+# %% ../nbs/09b_tasks.ipynb #61cb2fde
 def _gym_task(name: str, source: str, query: str) -> Task:
     "Problems of the reasoning-gym library, and a benchmark `heldout` of 30 made with another seed."
     options = _options(query, name, None)
@@ -345,7 +345,7 @@ def _gym_task(name: str, source: str, query: str) -> Task:
     benchmarks = {"heldout": lists["heldout"]} if lists["heldout"] else {}
     return Task(name, lists["train"], verifier, benchmarks, template)
 
-# %% ../nbs/09b_tasks.ipynb #740c5cb4
+# %% ../nbs/09b_tasks.ipynb #953e327c
 def load(name_or_path: str | Path, benchmarks: dict[str, str] | None = None) -> Task:
     """The task called `name_or_path`; `benchmarks` adds held-out problems, each by a name and a
     string of the same kind.
@@ -360,8 +360,8 @@ def load(name_or_path: str | Path, benchmarks: dict[str, str] | None = None) -> 
       options `root` and `revision`. `minirl_nb.benchmarks` registers them when it is imported.
 
     Files and sets take `chat=true|false`, `system` and `thinking=true|false` too (`encode_prompt`).
-    A benchmark is put to the model
-    as the training problems are, and judged by the same verifier: it must name neither differently.
+    A benchmark is put to the model as the training problems are, and judged by the same verifier:
+    it must name neither differently.
 
     Raises FileNotFoundError, ValueError (unknown names, malformed lines with file and line, a
     benchmark that shares a problem with the training problems), ConnectionError (a hub name without
@@ -387,7 +387,7 @@ def load(name_or_path: str | Path, benchmarks: dict[str, str] | None = None) -> 
         task = _with_benchmark(task, key, str(given))
     return task
 
-
+# %% ../nbs/09b_tasks.ipynb #3d4c9d5f
 def _unknown(name: str, body: str) -> str:
     "Why a string names no task, and what would."
     if Path(body).exists():

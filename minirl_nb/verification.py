@@ -29,7 +29,7 @@ from typing import Any
 
 from .answers import CHECKS, TAIL, Problem, check_math, gym_dataset, two_stage_parsing
 
-# %% ../nbs/09_verification.ipynb #ad1b0403
+# %% ../nbs/09_verification.ipynb #f146a1c3
 def _limit(megabytes: int) -> None:
     import resource
 
@@ -39,7 +39,7 @@ def _limit(megabytes: int) -> None:
         except (ValueError, OSError):
             pass  # not enforced on every system; the timer is
 
-
+# %% ../nbs/09_verification.ipynb #ccbd1327
 def _serve(seconds: float, megabytes: int) -> None:
     """Main function of a worker: prepare once, then fork children that answer, until one ends with
     stdin's end.
@@ -72,7 +72,7 @@ def _serve(seconds: float, megabytes: int) -> None:
             return
         out.write(b"x")
 
-
+# %% ../nbs/09_verification.ipynb #c70142a5
 def _answer(out, seconds: float) -> None:
     """Answer requests until stdin ends; an answer that takes more than `seconds` of processor time
     ends this process."""
@@ -92,13 +92,13 @@ def _answer(out, seconds: float) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             out.write(b"1" if right else b"0")
 
-# %% ../nbs/09_verification.ipynb #d67926e0
+# %% ../nbs/09_verification.ipynb #d405c336
 START_SECONDS = (
     60.0  # limit for what is not an answer: starting a worker, making a reasoning-gym data set
 )
 _READY, _BEGINS, _RIGHT, _DIED = b"r.1x"  # what a worker writes; '0' is any other byte
 
-
+# %% ../nbs/09_verification.ipynb #c1e8eb6f
 class _Worker:
     """A process of `Pool` and what is known of it: `owed`, the requests that it has not judged yet,
     and `deadline`, until when it must give a sign of life."""
@@ -256,7 +256,7 @@ class _Batch:
         self.pool.workers[self.pool.workers.index(worker)] = new
         self._watch(new)
 
-# %% ../nbs/09_verification.ipynb #09213660
+# %% ../nbs/09_verification.ipynb #49686ee5
 class Pool:
     """Worker processes that check answers under hard limits.
 
@@ -318,7 +318,7 @@ class Pool:
         if os.getpid() == self._pid:
             self._close()
 
-
+# %% ../nbs/09_verification.ipynb #9d5e66b8
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minirl_nb import tasks
+from minirl_nb import coldstart, tasks
 from minirl_nb.coldstart import (
     TEACHERS,
     ColdStartConfig,
@@ -239,11 +239,9 @@ def test_the_rate_of_a_cold_start():
 
 def test_the_shipped_rates_to_the_bit():
     settings = json.loads((SHIPPED / "coldstart.json").read_text())
-    rates = {key: settings[key] for key in ("lr", "steps", "warmup")}
+    config = ColdStartConfig(**settings)
     for row in map(json.loads, (SHIPPED / "metrics.jsonl").read_text().splitlines()):
-        assert row["lr"] == learning_rate(
-            row["step"], **rates, parts=settings["warmup"], schedule="cosine", floor=0.05
-        )
+        assert row["lr"] == coldstart._rate(row["step"], config)
 
 
 @pytest.mark.parametrize(
