@@ -95,7 +95,7 @@ def _process_group_missing() -> ValueError:
         "group: call init_process_group before the engine is made"
     )
 
-# %% ../../nbs/11h_vllm_engine.ipynb #5582ee2f
+# %% ../../nbs/11h_vllm_engine.ipynb #cda9b33f
 _TORCHRUN = (
     "RANK",
     "WORLD_SIZE",
@@ -458,10 +458,20 @@ def leave_process_group(core) -> None:
 
     core.model_executor.shutdown()
     core.scheduler.shutdown()
+    _unlink_shared_memory(vars(groups).values())
     groups.destroy_model_parallel()
     if groups._WORLD is not None:
         groups._WORLD.destroy()
     groups._WORLD = None
+
+
+def _unlink_shared_memory(groups: Iterable[Any]) -> None:
+    "Remove the message queues of vLLM's groups from shared memory; their users still hold them."
+    for group in groups:
+        buffer = getattr(getattr(group, "mq_broadcaster", None), "buffer", None)
+        if getattr(buffer, "is_creator", False):
+            buffer.is_creator = False  # its destructor would remove it again
+            buffer.shared_memory.unlink()
 
 
 def as_response(output) -> Response:
