@@ -137,9 +137,10 @@ def gradient_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
     dist.all_reduce(total, group=group)
     return total.sqrt()
 
-# %% ../nbs/14d_parallel.ipynb #1e1ed745
+# %% ../nbs/14d_parallel.ipynb #ced7a810
 class Processes(World):
-    "The processes that `torchrun` started. ValueError, in one sentence, where this machine is not what the config asks for."
+    """The processes that `torchrun` started. ValueError, in one sentence, where this machine is not
+    what the config asks for."""
 
     def __init__(self, config: RunConfig):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -288,9 +289,10 @@ class Processes(World):
             self.guard.fail(error)
             raise
 
-# %% ../nbs/14d_parallel.ipynb #f44105ce
+# %% ../nbs/14d_parallel.ipynb #0e3f7ae7
 def device_of(config: RunConfig, local: int) -> torch.device:
-    "The device of a process, by its number on its machine. ValueError where the machine does not have it."
+    """The device of a process, by its number on its machine. ValueError where the machine does not
+    have it."""
     wanted = config.model.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -316,7 +318,8 @@ def device_of(config: RunConfig, local: int) -> torch.device:
 
 
 def layout(config: RunConfig, processes: int):
-    "transformers' description of how a model is spread, or None for one process. ValueError where the installed transformers is too old."
+    """transformers' description of how a model is spread, or None for one process. ValueError where
+    the installed transformers is too old."""
     if processes == 1:
         return None
     from transformers.distributed import DistributedConfig
@@ -346,7 +349,7 @@ def launched(config: RunConfig) -> World:
     "The world that this process belongs to: `torchrun`'s, or its own."
     return Processes(config) if "WORLD_SIZE" in os.environ else World()
 
-# %% ../nbs/14d_parallel.ipynb #6552f926
+# %% ../nbs/14d_parallel.ipynb #602e12d1
 class Guard:
     """Watches over the other ranks from a thread of its own: a rank that fails writes its error where all can read it, a rank that was
     killed falls silent. Either way every rank ends, within about half a minute, and one of them says why."""
@@ -396,7 +399,8 @@ class Guard:
         raise SystemExit(1) from error
 
     def stop(self) -> None:
-        "Joined, because an interpreter that ends under a thread in the middle of a store's call takes the process down with SIGABRT."
+        """Joined, because an interpreter that ends under a thread in the middle of a store's call
+        takes the process down with SIGABRT."""
         self.over.set()
         self.thread.join(10)
 
