@@ -7,7 +7,7 @@ work starts. Every field of a recipe can be set from the command line under the 
 # %% auto #0
 __all__ = ['COMMANDS', 'ExportConfig', 'EvaluateConfig', 'Command', 'usage', 'main']
 
-# %% ../nbs/17_cli.ipynb #0a5a6b33
+# %% ../nbs/17_cli.ipynb #67200b65
 import functools
 import json
 import os
@@ -18,7 +18,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import RunConfig, load_config, parse_config, recipes
+from .config import RunConfig, load_config, recipes
+from .parsing import parse_config
 
 # %% ../nbs/17_cli.ipynb #23e838aa
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is first imported

@@ -10,7 +10,7 @@ One number beyond that bound refutes it.
 __all__ = ['assign_rows', 'exchange', 'copies', 'gradient_norm', 'Processes', 'device_of', 'layout',
            'launched', 'Guard']
 
-# %% ../nbs/14d_parallel.ipynb #2f4b68c0
+# %% ../nbs/14d_parallel.ipynb #e8ea769e
 import contextlib
 import copy
 import heapq
@@ -18,7 +18,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -60,7 +60,7 @@ def assign_rows(
             heapq.heappush(load, (least + sizes[b], r))
     return to
 
-# %% ../nbs/14d_parallel.ipynb #f2347924
+# %% ../nbs/14d_parallel.ipynb #a299fec5
 def exchange(
     rollout: Rollout,  # this rank's rows
     columns: dict[str, Tensor],  # more that belongs to them, [B] each
@@ -80,7 +80,10 @@ def exchange(
     lengths = _swap(
         rollout.length[order], rows.tolist(), arriving.tolist(), group
     )  # how many tokens of each arriving row
-    tokens = lambda length, counts: [int(x.sum()) for x in length.split(counts)]
+
+    def tokens(length: Tensor, counts: list[int]) -> list[int]:
+        return [int(x.sum()) for x in length.split(counts)]
+
     sent, received = (
         tokens(rollout.length[order], rows.tolist()),
         tokens(lengths, arriving.tolist()),
@@ -116,7 +119,7 @@ def _swap(values: Tensor, sent: list[int], received: list[int], group) -> Tensor
 def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
-# %% ../nbs/14d_parallel.ipynb #0ac79604
+# %% ../nbs/14d_parallel.ipynb #b86d5a73
 def copies(p: Tensor) -> int:
     "On how many ranks each element of a parameter is held."
     size = dist.get_world_size()
@@ -130,9 +133,13 @@ def copies(p: Tensor) -> int:
 
 
 def gradient_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
-    """Norm of the whole gradient, float64. Under expert parallelism parameters lie on two meshes, and no operation of torch takes both;
-    so each rank adds up the squares that it holds, each divided by the number of ranks that hold it too."""
-    local = lambda g: (g.to_local() if hasattr(g, "to_local") else g).double()
+    """Norm of the whole gradient, float64. Under expert parallelism parameters lie on two meshes,
+    and no operation of torch takes both; so each rank adds up the squares that it holds, each
+    divided by the number of ranks that hold it too."""
+
+    def local(g: Tensor) -> Tensor:
+        return (g.to_local() if hasattr(g, "to_local") else g).double()
+
     squares = [
         (local(p.grad).square().sum() / copies(p)).cpu()
         for p in model.parameters()
@@ -142,9 +149,10 @@ def gradient_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
     dist.all_reduce(total, group=group)
     return total.sqrt()
 
-# %% ../nbs/14d_parallel.ipynb #1e1ed745
+# %% ../nbs/14d_parallel.ipynb #ced7a810
 class Processes(World):
-    "The processes that `torchrun` started. ValueError, in one sentence, where this machine is not what the config asks for."
+    """The processes that `torchrun` started. ValueError, in one sentence, where this machine is not
+    what the config asks for."""
 
     def __init__(self, config: RunConfig):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -293,9 +301,10 @@ class Processes(World):
             self.guard.fail(error)
             raise
 
-# %% ../nbs/14d_parallel.ipynb #f44105ce
+# %% ../nbs/14d_parallel.ipynb #0e3f7ae7
 def device_of(config: RunConfig, local: int) -> torch.device:
-    "The device of a process, by its number on its machine. ValueError where the machine does not have it."
+    """The device of a process, by its number on its machine. ValueError where the machine does not
+    have it."""
     wanted = config.model.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -321,7 +330,8 @@ def device_of(config: RunConfig, local: int) -> torch.device:
 
 
 def layout(config: RunConfig, processes: int):
-    "transformers' description of how a model is spread, or None for one process. ValueError where the installed transformers is too old."
+    """transformers' description of how a model is spread, or None for one process. ValueError where
+    the installed transformers is too old."""
     if processes == 1:
         return None
     from transformers.distributed import DistributedConfig
@@ -351,7 +361,7 @@ def launched(config: RunConfig) -> World:
     "The world that this process belongs to: `torchrun`'s, or its own."
     return Processes(config) if "WORLD_SIZE" in os.environ else World()
 
-# %% ../nbs/14d_parallel.ipynb #6552f926
+# %% ../nbs/14d_parallel.ipynb #602e12d1
 class Guard:
     """Watches over the other ranks from a thread of its own: a rank that fails writes its error where all can read it, a rank that was
     killed falls silent. Either way every rank ends, within about half a minute, and one of them says why."""
@@ -401,7 +411,8 @@ class Guard:
         raise SystemExit(1) from error
 
     def stop(self) -> None:
-        "Joined, because an interpreter that ends under a thread in the middle of a store's call takes the process down with SIGABRT."
+        """Joined, because an interpreter that ends under a thread in the middle of a store's call
+        takes the process down with SIGABRT."""
         self.over.set()
         self.thread.join(10)
 

@@ -13,7 +13,7 @@ __all__ = ['append_row', 'read_rows', 'write_evaluation', 'read_evaluations', 'w
            'Observer', 'Tracker', 'in_notebook', 'LivePlot', 'ProgressBar', 'observers_of',
            'RunResult']
 
-# %% ../nbs/14f_report.ipynb #43567b05
+# %% ../nbs/14f_report.ipynb #257934e7
 import importlib
 import json
 import math
@@ -28,8 +28,9 @@ import torch
 
 from . import evaluate
 from .checkpoint import newest_checkpoint, write_atomically
-from .config import RunConfig, flatten
+from .config import RunConfig
 from .first_order import VALIDITY_LIMIT
+from .parsing import flatten
 from .rollout import Sampling
 
 # %% ../nbs/14f_report.ipynb #4413ff27
@@ -209,9 +210,10 @@ class LivePlot:
     def close(self) -> None:
         pass
 
-# %% ../nbs/14f_report.ipynb #f2640e3b
+# %% ../nbs/14f_report.ipynb #3cc5b928
 class ProgressBar:
-    "Reward, accuracy, KL and entropy on one line; a warning, once, where the surrogate breaks down."
+    """Reward, accuracy, KL and entropy on one line; a warning, once, where the surrogate breaks
+    down."""
 
     def __init__(self, run: Any):
         from tqdm.auto import tqdm

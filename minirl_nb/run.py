@@ -41,9 +41,10 @@ from .rollout import Engine, TorchEngine
 from .tasks import data_path
 from .world import World
 
-# %% ../nbs/14g_run.ipynb #225435cd
+# %% ../nbs/14g_run.ipynb #e559b219
 class TrainingError(RuntimeError):
-    "A run that cannot go on: step, phase and quantity are in the message; the last checkpoint is good."
+    """A run that cannot go on: step, phase and quantity are in the message; the last checkpoint is
+    good."""
 
 
 def seed_of(*key: int | str) -> int:
@@ -51,7 +52,7 @@ def seed_of(*key: int | str) -> int:
     words = [int.from_bytes(str(k).encode(), "little") % 2**32 for k in key]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-# %% ../nbs/14g_run.ipynb #0ee10c64
+# %% ../nbs/14g_run.ipynb #6bc0968e
 def tune_allocator() -> bool:
     """Ask glibc to keep freed memory instead of returning it to the kernel after each large tensor
     (Linux; elsewhere False).
@@ -68,7 +69,8 @@ def tune_allocator() -> bool:
 
 
 def peak_memory() -> int:
-    "Bytes: the most that the accelerator's allocator held, or this process's largest resident size on a CPU."
+    """Bytes: the most that the accelerator's allocator held, or this process's largest resident
+    size on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

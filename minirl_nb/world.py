@@ -64,7 +64,7 @@ def reshard(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
 
-# %% ../nbs/14c_world.ipynb #4d291d73
+# %% ../nbs/14c_world.ipynb #14c051d2
 def is_strided(placement: Any) -> bool:
     "Is this how experts under two meshes are sharded?"
     return type(placement).__name__ == "_StridedShard"
@@ -106,7 +106,8 @@ def contiguous_shards(state: Any, like: Any = None) -> Any:
 
 
 def read_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
-    "Weights and optimiser that any number of processes wrote, into a model of this number of processes."
+    """Weights and optimiser that any number of processes wrote, into a model of this number of
+    processes."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (

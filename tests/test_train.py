@@ -221,7 +221,7 @@ def test_run_folders_are_not_mixed_up(finished, coldstart):
         check(small(folder, folder / "checkpoints/step_000008", resume=True, allow_change=True))
     # what changes no result, and more steps at a constant learning rate, need nothing but --resume
     check(small(folder, coldstart, resume=True, steps=16, **{"output.keep": 3, "evaluation.every": 8}))
-    with pytest.raises(ValueError, match="steps was 8, is 16"):
+    with pytest.raises(ValueError, match="optimizer.schedule was 'constant', is 'linear'"):
         linear = {"optimizer.schedule": "linear"}
         check(small(folder, coldstart, resume=True, steps=16, **linear))
     with pytest.raises(ValueError, match="no run of ours"): check(small(folder / "checkpoints", coldstart))
@@ -349,6 +349,23 @@ def test_kill_and_resume_is_bit_for_bit(when, finished, tmp_path, coldstart):
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (checkpoints(folder)[-1] / name).read_bytes() == (checkpoints(finished.folder)[-1] / name).read_bytes()
     assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_run_is_prolonged_bit_for_bit(finished, tmp_path, coldstart):
+    "Four steps, then eight: the metrics of a run that was planned for eight."
+    train(small(tmp_path / "run", coldstart, steps=4))
+    train(small(tmp_path / "run", coldstart, steps=8, resume=True))
+    assert metrics(tmp_path / "run") == metrics(finished.folder)
+    assert not (tmp_path / "run" / "changes.jsonl").exists()
+
+
+def test_a_changed_setting_is_written_down(tmp_path, coldstart):
+    train(small(tmp_path / "run", coldstart, steps=2))
+    changed = {"steps": 4, "optimizer.lr": 1e-5, "resume": True, "allow_change": True}
+    result = train(small(tmp_path / "run", coldstart, **changed))
+    assert [r["lr"] for r in result.steps()] == [3e-4, 3e-4, 1e-5, 1e-5]
+    (line,) = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 2, "changes": {"optimizer.lr": [3e-4, 1e-5]}}
 
 
 def test_resume_of_a_finished_run_does_nothing(finished, coldstart):
