@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['objective_of', 'replay_of', 'expert_count', 'read_model_config', 'changes_of', 'check_folder', 'check']
 
-# %% ../nbs/14b_checks.ipynb #9a39117f
+# %% ../nbs/14b_checks.ipynb #f9c3959a
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 
 from . import routing
 from .clipping import Clip
-from .config import RunConfig, flatten, load_config
+from .config import RunConfig, load_config
 from .objective import PRESETS, Objective
+from .parsing import flatten
 from .tasks import data_path
 from .weights import truncation
 

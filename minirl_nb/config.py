@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'TaskConfig', 'RolloutConfig', 'BatchConfig', 'ObjectiveConfig', 'OptimizerConfig', 'EvaluationConfig',
-           'OutputConfig', 'ParallelConfig', 'RunConfig', 'prompts_of', 'flatten', 'read_changes', 'apply_changes',
-           'parse_config', 'recipes', 'load_config', 'config_yaml']
+           'OutputConfig', 'ParallelConfig', 'RunConfig', 'prompts_of', 'recipes', 'load_config', 'config_yaml',
+           'flatten', 'parse_config']
 
-# %% ../nbs/14_config.ipynb #286a47b2
-import difflib
-import functools
+# %% ../nbs/14_config.ipynb #5962586d
 import importlib.resources
 import json
-import types
-import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+
+from .parsing import apply_changes, flatten, parse_config, read_changes
+
+_all_ = ["flatten", "parse_config"]  # found here too
 
 # %% ../nbs/14_config.ipynb #408d1f9a
 def _require(
@@ -323,191 +322,6 @@ def prompts_of(config: RunConfig) -> tuple[int, int]:
     "Prompts of (one rollout step, one mini-batch)."
     return config.batch.prompts_per_rollout, config.batch.prompts_per_update
 
-# %% ../nbs/14_config.ipynb #41ed55a8
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    'The values of nested dataclasses by dotted key: {"optimizer.lr": 0.0003, ...}.'
-    values = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            values |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            values[prefix + f.name] = value
-    return values
-
-
-@functools.cache
-def _types(cls: type) -> dict[str, Any]:
-    "The declared type of each value of nested dataclasses, by dotted key."
-    found = {}
-    for name, annotation in typing.get_type_hints(cls).items():
-        if is_dataclass(annotation):
-            found |= {f"{name}.{key}": kind for key, kind in _types(annotation).items()}
-        else:
-            found[name] = annotation
-    return found
-
-# %% ../nbs/14_config.ipynb #b2be91e9
-def _is_optional(annotation: Any) -> bool:
-    return type(None) in typing.get_args(annotation)
-
-
-def _describe(annotation: Any) -> str:
-    "What a value of this type must be, in words."
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin in (typing.Union, types.UnionType):
-        return f"{_describe(args[0])}, or None"
-    if origin is tuple and Ellipsis in args:
-        return f"values, each {_describe(args[0])}"
-    if origin is tuple:
-        return f"{len(args)} values, each {_describe(args[0])}"
-    if origin is dict:
-        return "pairs of a name and a value"
-    known = {int: "a whole number", float: "a number", bool: "True or False", str: "a word"}
-    return known.get(annotation, str(annotation))
-
-# %% ../nbs/14_config.ipynb #6d653714
-@functools.cache
-def _adapter(annotation: Any) -> TypeAdapter:
-    return TypeAdapter(annotation)
-
-
-def _text(value: Any) -> Any:
-    """A value with its scalars as text, as the command line has them. A recipe's `1` and the word
-    `1` are then one thing."""
-    if isinstance(value, dict):
-        return {str(key): _text(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_text(x) for x in value]
-    return value if value is None else str(value)
-
-
-def _convert(key: str, value: Any, annotation: Any, source: str) -> Any:
-    "The value as its field's type; ValueError that says what it must be."
-    text = _text(value)
-    if _is_optional(annotation) and text in (None, "None"):
-        return None
-    try:
-        return _adapter(annotation).validate_python(text)
-    except ValidationError as error:
-        shown = " ".join(map(str, text)) if isinstance(text, list) else text
-        raise ValueError(
-            f"{source}: {key} cannot be {shown!r}; it must be {_describe(annotation)}"
-        ) from error
-
-# %% ../nbs/14_config.ipynb #136f41dc
-def _unknown(key: str, known: Sequence[str], source: str) -> ValueError:
-    "For a key that does not exist: the nearest that does, or what its section has."
-    by_last_part = {k.rpartition(".")[2]: k for k in known}
-    section, dot, last = key.rpartition(".")
-    near = difflib.get_close_matches(key, known, 1, 0.85)
-    near += [by_last_part[k] for k in difflib.get_close_matches(last, by_last_part, 1, 0.6)]
-    siblings = [k.rpartition(".")[2] for k in known if dot and k.startswith(f"{section}.")]
-    hint = ""
-    if near:
-        hint = f"; did you mean {near[0]!r}?"
-    elif siblings:
-        hint = f"; {section} has {', '.join(siblings)}"
-    return ValueError(f"{source}: unknown key {key!r}{hint}")
-
-# %% ../nbs/14_config.ipynb #50636d48
-def _pairs_of_mapping(
-    tree: dict, kinds: dict[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    "Dotted keys and values of a nested mapping. A section without anything in it sets nothing."
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        is_section = any(k.startswith(f"{key}.") for k in kinds)
-        if is_section and value is None:
-            continue
-        if isinstance(value, dict) and key not in kinds:
-            yield from _pairs_of_mapping(value, kinds, f"{key}.")
-        else:
-            yield key, value
-
-
-def _value_of_words(words: list[str], annotation: Any) -> Any:
-    "The words of one option as a value of about the right form, for `_convert` to check."
-    origin = typing.get_origin(annotation)
-    if origin is dict and len(words) % 2 == 0:
-        return dict(zip(words[::2], words[1::2]))
-    if origin is tuple:
-        return words
-    return words[0] if len(words) == 1 else words
-
-# %% ../nbs/14_config.ipynb #f54cb306
-def _pairs_of_words(
-    words: Sequence[str], kinds: dict[str, Any], source: str
-) -> Iterator[tuple[str, Any]]:
-    "Keys and values of `--key value ...` and `--key=value`. A switch may stand alone: `--resume`."
-    at = 0
-    while at < len(words):
-        if not words[at].startswith("--"):
-            raise ValueError(
-                f"{source}: {words[at]!r} does not belong to an option; options are --key value"
-            )
-        key, equals, first = words[at][2:].partition("=")
-        key = key.replace("-", "_")
-        at += 1
-        values = [first] if equals else []
-        while at < len(words) and not words[at].startswith("--"):
-            values.append(words[at])
-            at += 1
-        if key in kinds and not values:
-            if kinds[key] is not bool:
-                raise ValueError(f"{source}: --{key} needs a value")
-            values = ["True"]
-        yield key, _value_of_words(values, kinds.get(key))
-
-# %% ../nbs/14_config.ipynb #5ba4a7c7
-def read_changes(
-    cls: type,  # a config dataclass, which may hold others
-    changes: dict[str, Any]
-    | Sequence[str],  # nested or dotted keys to values, or command-line words
-    source: str,  # where they come from, for messages
-) -> dict[str, Any]:
-    """Dotted keys to typed values. ValueError in one sentence for an unknown key, with the nearest
-    right one, or a wrong value."""
-    kinds = _types(cls)
-    if isinstance(changes, dict):
-        pairs = _pairs_of_mapping(changes, kinds)
-    else:
-        pairs = _pairs_of_words(changes, kinds, source)
-    values = {}
-    for key, value in pairs:
-        if key not in kinds:
-            raise _unknown(key, kinds, source)
-        values[key] = _convert(key, value, kinds[key], source)
-    return values
-
-
-def apply_changes(config: Any, values: dict[str, Any]) -> Any:
-    """A copy of a config dataclass with other values by dotted key; every section that changes is
-    checked again."""
-    own, sections = {}, {}
-    for key, value in values.items():
-        section, dot, rest = key.partition(".")
-        if dot:
-            sections.setdefault(section, {})[rest] = value
-        else:
-            own[key] = value
-    for section, inner in sections.items():
-        own[section] = apply_changes(getattr(config, section), inner)
-    return replace(config, **own)
-
-# %% ../nbs/14_config.ipynb #d88745f9
-def parse_config(
-    base: Any,  # a config dataclass: the values that stay
-    changes: dict[str, Any]
-    | Sequence[str],  # nested or dotted keys to values, or command-line words
-    source: str,  # where they come from, for messages
-) -> Any:  # of base's type
-    """`base` with `changes`. ValueError in one sentence for an unknown key, with the nearest right
-    one, or a wrong value."""
-    return apply_changes(base, read_changes(type(base), changes, source))
-
 # %% ../nbs/14_config.ipynb #b51db826
 def recipes() -> dict[str, Path]:
     "The recipes that ship with the package, by name."
@@ -533,12 +347,13 @@ def _read_recipe(recipe: str | Path) -> tuple[Path, dict]:
         )
     return path, tree
 
-# %% ../nbs/14_config.ipynb #ca11bfca
+# %% ../nbs/14_config.ipynb #3cceac1a
 def load_config(
     recipe: str
     | Path
     | None = None,  # YAML file, or the name of a recipe that ships with the package
     overrides: dict[str, Any] | Sequence[str] = (),  # {"optimizer.lr": 1e-4} or command-line words
+    kind: type = RunConfig,  # or a dataclass derived from it, whose further fields may be overridden
 ) -> RunConfig:
     """A `RunConfig` from a recipe and overrides.
 
@@ -549,8 +364,8 @@ def load_config(
         path, tree = _read_recipe(recipe)
         values |= read_changes(RunConfig, tree, str(path))
     source = "override" if isinstance(overrides, dict) else "command line"
-    values |= read_changes(RunConfig, overrides, source)
-    return apply_changes(RunConfig(), values)
+    values |= read_changes(kind, overrides, source)
+    return apply_changes(kind(), values)
 
 
 def config_yaml(config: RunConfig) -> str:

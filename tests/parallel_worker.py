@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from minirl_nb import batch, train
+from minirl_nb import batch, run, train
 
 
 class Given:
@@ -46,31 +46,31 @@ def run_case(case):
     config = train.load_config(None, case["config"])
     share = SHARES[case.get("share", "balanced")]
     with train.launched(config) as world:
-        if share: world.owners = lambda cost, part: share(torch.arange(len(part)), world.size)
-        train.Run._make_engine = lambda self: Given(case["rollouts"], self)
-        run = train.Run(config, world)
+        if share: world.assign_rows = lambda cost, part: share(torch.arange(len(part)), world.size)
+        run.make_engine = lambda state: Given(case["rollouts"], state)
+        state = run.Run(config, world)
         stop = case.get("stop", config.steps)
-        while run.step < stop:
+        while state.step < stop:
             for how in ("fail", "kill", "freeze"):
-                if case.get(how) == [world.rank, run.step]: (Path(case["rollouts"]).parent / "failed").touch()
-            if case.get("fail") == [world.rank, run.step]: raise train.TrainingError(f"gradient step {run.step}: made to fail")
-            if case.get("kill") == [world.rank, run.step]: os.kill(os.getpid(), signal.SIGKILL)
-            if case.get("freeze") == [world.rank, run.step]: os.kill(os.getpid(), signal.SIGSTOP)
-            s = run.sample()
-            run.recompute(s)
-            rows = [run.flips(s, i) | run.update(s, i) for i in range(len(s.minibatches))]
-            run.rollout_step += 1
-            run.log(s, rows, run.transfer(s.seconds))
+                if case.get(how) == [world.rank, state.step]: (Path(case["rollouts"]).parent / "failed").touch()
+            if case.get("fail") == [world.rank, state.step]: raise train.TrainingError(f"gradient step {state.step}: made to fail")
+            if case.get("kill") == [world.rank, state.step]: os.kill(os.getpid(), signal.SIGKILL)
+            if case.get("freeze") == [world.rank, state.step]: os.kill(os.getpid(), signal.SIGSTOP)
+            step = train.sample(state)
+            train.recompute(state, step)
+            rows = [train.flips(state, step, i) | train.update(state, step, i) for i in range(len(step.minibatches))]
+            state.rollout_step += 1
+            train.log(state, step, rows, train.transfer(state, step.seconds))
         if case.get("checkpoint"):
-            run.checkpoint()
+            state.checkpoint()
             with torch.no_grad():
-                for p in run.model.parameters(): p.add_(1.0)          # what is being written must not notice
-            run.settle(wait=True)
+                for p in state.model.parameters(): p.add_(1.0)          # what is being written must not notice
+            state.complete_checkpoint(wait=True)
             with torch.no_grad():
-                for p in run.model.parameters(): p.sub_(1.0)
-        given = world.weights(run.model)
+                for p in state.model.parameters(): p.sub_(1.0)
+        given = world.weights(state.model)
         weights = {k: v.detach().float().clone().contiguous() for k, v in (given.items() if isinstance(given, dict) else given)}
-        if world.chief: save_file(weights, run.folder / "final.safetensors")
+        if world.chief: save_file(weights, state.folder / "final.safetensors")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minirl_nb import batch, parallel, tasks, train
+from minirl_nb import batch, checkpoint, parallel, tasks, train
 from minirl_nb.rollout import Sampling, TorchEngine
 
 ROOT = Path(__file__).parents[1]
@@ -206,12 +206,12 @@ def test_the_command_under_torchrun(tmp_path):
                 assert b[k] == pytest.approx(a[k], rel=1e-5, abs=1e-7), k
     assert any(r["equal_groups"] < 1 for r in one if r["kind"] == "step")          # something was learnt from
     assert {p.name for p in (tmp_path / "1").iterdir()} == {p.name for p in (tmp_path / "2").iterdir()}
-    exported = parallel.export(tmp_path / "2", tmp_path / "out", dtype="same")
+    exported = checkpoint.export(tmp_path / "2", tmp_path / "out", dtype="same")
     a = load_file(tmp_path / "1/checkpoints/step_000003/model.safetensors")
     b = load_file(exported / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
-    with pytest.raises(FileExistsError): parallel.export(tmp_path / "2", tmp_path / "out")
-    with pytest.raises(FileNotFoundError): parallel.export(tmp_path / "nowhere", tmp_path / "new")
+    with pytest.raises(FileExistsError): checkpoint.export(tmp_path / "2", tmp_path / "out")
+    with pytest.raises(FileNotFoundError): checkpoint.export(tmp_path / "nowhere", tmp_path / "new")
 
 
 @pytest.mark.parametrize("processes, changes, words", [
@@ -224,8 +224,9 @@ def test_the_command_under_torchrun(tmp_path):
     (2, {"rollout.servers": ("http://a:1",)}, "rollout.servers are vLLM's"),
 ])
 def test_launches_that_do_not_come_out_even(processes, changes, words, tmp_path):
-    config = train.load_config(None, {"model.path": str(ROOT / "data/coldstart"), "output.folder": str(tmp_path / "run")} | changes)
-    with pytest.raises(ValueError, match=re.escape(words)): train.check(config, processes)
+    settings = {"model.path": str(ROOT / "data/coldstart"), "output.folder": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        train.check(train.load_config(None, settings | changes), processes)
 
 
 @pytest.mark.parametrize("words, sentence", [
@@ -278,13 +279,13 @@ def test_layout_says_what_transformers_is_told(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ parts
-def test_owners_share_each_mini_batch_evenly():
+def test_rows_are_shared_out_in_each_mini_batch_evenly():
     g = torch.Generator().manual_seed(0)
     length, part = (torch.rand(512, generator=g) ** 3 * 30000).long() + 10, torch.arange(512) % 4
-    to = parallel.owners(length, part, 16)
+    to = parallel.assign_rows(length, part, 16)
     for i in range(4):
         load = torch.zeros(16, dtype=torch.long).index_add_(0, to[part == i], length[part == i])
         best = max(int(length[part == i].max()), -(-int(length[part == i].sum()) // 16))
         assert load.max() <= 4 / 3 * best
-    assert torch.equal(to, parallel.owners(length, part, 16))
-    assert parallel.owners(torch.tensor([5, 5]), torch.tensor([0, 0]), 4).unique().numel() == 2      # fewer rows than ranks
+    assert torch.equal(to, parallel.assign_rows(length, part, 16))
+    assert parallel.assign_rows(torch.tensor([5, 5]), torch.tensor([0, 0]), 4).unique().numel() == 2      # fewer rows than ranks

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minirl_nb import benchmarks, tasks, train
+from minirl_nb import benchmarks, parsing, tasks, train
 from minirl_nb.objective import PRESETS
 from minirl_nb.weights import TIS
 
@@ -128,8 +128,8 @@ def test_one_override_makes_the_experiment(override, local):
     assert (train.replay_of(config, True), config.batch.updates) == (replay, updates)
     assert train.prompts_of(config)[0] * config.rollout.responses == responses and train.prompts_of(config)[1] * 16 == 1024
     train.check(config, 64)
-    plain = train._flat(local("qwen3_30b_a3b"))
-    assert [k for k, v in train._flat(config).items() if v != plain[k]] == [override.split()[0][2:]]      # nothing else changes
+    plain = parsing.flatten(local("qwen3_30b_a3b"))
+    assert [k for k, v in parsing.flatten(config).items() if v != plain[k]] == [override.split()[0][2:]]      # nothing else changes
 
 
 def test_the_ablations_of_figures_2_to_4(local):

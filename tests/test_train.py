@@ -154,12 +154,22 @@ def test_batch_sizes_and_schedules():
 @pytest.mark.parametrize("changes, sentence", [
     ({"rollout.responses": 1}, "a group of one response has no baseline"),
     ({"batch.rollout_prompts": 6, "batch.updates": 4}, "does not divide the 6 prompts"),
-    ({"steps": 7}, "not a multiple of batch.updates = 2"),
     ({"steps": 0}, "steps is 0; it must be positive"),
-    ({"model.path": "no/such/model"}, "there is no folder no/such/model"),
-    ({"rollout.max_new_tokens": 5000}, "positions"),
     ({"optimizer.lr": 0}, "optimizer.lr is 0.0"),
     ({"rollout.temperature": 0}, "rollout.temperature is 0.0"),
+    ({"output.keep": 0}, "output.keep is 0"),
+])
+def test_a_section_refuses_its_own_nonsense(changes, sentence, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(changes))
+    assert main(["train", str(tmp_path / "r.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("minirl: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"steps": 7}, "not a multiple of batch.updates = 2"),
+    ({"model.path": "no/such/model"}, "there is no folder no/such/model"),
+    ({"rollout.max_new_tokens": 5000}, "positions"),
     ({"objective.truncation": "tsi:5"}, "unknown truncation 'tsi:5'"),
     ({"task.name": "missing.jsonl"}, "missing.jsonl"),
     ({"task.name": "EMPTY"}, "empty.jsonl"),
@@ -203,8 +213,17 @@ def test_replay_on_a_dense_model_is_refused(tmp_path):
 def test_run_folders_are_not_mixed_up(finished, coldstart):
     folder = finished.folder
     with pytest.raises(ValueError, match="add --resume"): check(small(folder, coldstart))
+    hotter = {"optimizer.lr": 0.1, "resume": True}
     with pytest.raises(ValueError, match=r"another config \(optimizer.lr was 0.0003, is 0.1\)"):
-        check(small(folder, coldstart, **{"optimizer.lr": 0.1, "resume": True}))
+        check(small(folder, coldstart, **hotter))
+    check(small(folder, coldstart, **hotter, allow_change=True))
+    with pytest.raises(ValueError, match="model.path was"):
+        check(small(folder, folder / "checkpoints/step_000008", resume=True, allow_change=True))
+    # what changes no result, and more steps at a constant learning rate, need nothing but --resume
+    check(small(folder, coldstart, resume=True, steps=16, **{"output.keep": 3, "evaluation.every": 8}))
+    with pytest.raises(ValueError, match="optimizer.schedule was 'constant', is 'linear'"):
+        linear = {"optimizer.schedule": "linear"}
+        check(small(folder, coldstart, resume=True, steps=16, **linear))
     with pytest.raises(ValueError, match="no run of ours"): check(small(folder / "checkpoints", coldstart))
 
 
@@ -264,12 +283,12 @@ def test_on_policy_without_rounding_is_exact(tmp_path, coldstart):
 @pytest.mark.parametrize("replay", ["none", "R2", "R3"])
 def test_replay_modes_replay_what_they_say(replay, tmp_path, coldstart):
     from minirl_nb import routing
-    from minirl_nb.train import Run
+    from minirl_nb.train import Run, live_routes, recompute, sample
 
     run = Run(small(tmp_path / "run", coldstart, **{"objective.replay": replay, "batch.tokens": 200}))
-    s = run.sample()
+    s = sample(run)
     T, mu = s.rollout.tokens.shape[1], s.mu_routes.padded()
-    run.recompute(s)
+    recompute(run, s)
     if replay == "none": assert s.rollout.routes is None
     else: routes = s.rollout.routes.padded()
     if replay == "R3":
@@ -277,7 +296,7 @@ def test_replay_modes_replay_what_they_say(replay, tmp_path, coldstart):
             torch.arange(T) < s.rollout.length[:, None] - 1))
     if replay == "R2":
         assert torch.equal(s.rollout.routes_valid, s.rollout.token_mask)
-        live = run.live_routes(s.rollout, torch.arange(len(s.rollout))).padded()
+        live = live_routes(run, s.rollout, torch.arange(len(s.rollout))).padded()
         assert (live == routes)[s.rollout.token_mask].float().mean() > 0.999    # another padding, other roundings
         assert not torch.equal(routes[s.mu_valid], mu[s.mu_valid])               # FP8 chose otherwise somewhere
     with torch.no_grad():
@@ -307,14 +326,14 @@ def test_kill_and_resume_is_bit_for_bit(when, finished, tmp_path, coldstart):
     (tmp_path / "r.yaml").write_text(config_yaml(small(folder, coldstart)))
     killer = ""
     if when == "step_000006.tmp":       # die when the optimiser's state of step 6 is about to be written
-        killer = ("import minirl_nb.train as t, os, signal\nold = t.save_file\n"
+        killer = ("import minirl_nb.world as t, os, signal\nold = t.save_file\n"
                   "def save(x, p, **k):\n    if 'step_000006.tmp' in str(p): os.kill(os.getpid(), signal.SIGKILL)\n    old(x, p, **k)\n"
                   "t.save_file = save\n")
     if when == "metrics":               # die with half a line of step 5 on the disk
-        killer = ("import minirl_nb.train as t, os, signal, json\nold = t.Run._append\n"
-                  "def append(self, row):\n    if row.get('step') == 5:\n        f = open(self.folder / 'metrics.jsonl', 'a')\n"
-                  "        f.write(json.dumps(row)[:40]); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n    old(self, row)\n"
-                  "t.Run._append = append\n")
+        killer = ("import minirl_nb.run as t, os, signal, json\nold = t.append_row\n"
+                  "def append(folder, row):\n    if row.get('step') == 5:\n        f = open(folder / 'metrics.jsonl', 'a')\n"
+                  "        f.write(json.dumps(row)[:40]); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n    return old(folder, row)\n"
+                  "t.append_row = append\n")
     code = killer + f"from minirl_nb.cli import main; import sys; sys.exit(main(['train', {str(tmp_path / 'r.yaml')!r}]))"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     p = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -332,6 +351,23 @@ def test_kill_and_resume_is_bit_for_bit(when, finished, tmp_path, coldstart):
     assert not list(folder.rglob("*.tmp"))
 
 
+def test_a_run_is_prolonged_bit_for_bit(finished, tmp_path, coldstart):
+    "Four steps, then eight: the metrics of a run that was planned for eight."
+    train(small(tmp_path / "run", coldstart, steps=4))
+    train(small(tmp_path / "run", coldstart, steps=8, resume=True))
+    assert metrics(tmp_path / "run") == metrics(finished.folder)
+    assert not (tmp_path / "run" / "changes.jsonl").exists()
+
+
+def test_a_changed_setting_is_written_down(tmp_path, coldstart):
+    train(small(tmp_path / "run", coldstart, steps=2))
+    changed = {"steps": 4, "optimizer.lr": 1e-5, "resume": True, "allow_change": True}
+    result = train(small(tmp_path / "run", coldstart, **changed))
+    assert [r["lr"] for r in result.steps()] == [3e-4, 3e-4, 1e-5, 1e-5]
+    (line,) = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 2, "changes": {"optimizer.lr": [3e-4, 1e-5]}}
+
+
 def test_resume_of_a_finished_run_does_nothing(finished, coldstart):
     before = metrics(finished.folder)
     again = train(small(finished.folder, coldstart, resume=True))
@@ -340,8 +376,6 @@ def test_resume_of_a_finished_run_does_nothing(finished, coldstart):
 
 @pytest.mark.parametrize("where, words", [("weight", "recompute"), ("gradient", "gradient norm is nan")])
 def test_non_finite_stops_with_step_phase_and_quantity(where, words, tmp_path, coldstart, monkeypatch, capsys):
-    from minirl_nb.train import Run
-
     if where == "gradient":
         old = torch.nn.utils.clip_grad_norm_
         def poisoned(parameters, *args):
@@ -352,13 +386,18 @@ def test_non_finite_stops_with_step_phase_and_quantity(where, words, tmp_path, c
         poisoned.calls = 0
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     else:
-        old_sample = Run.sample
-        def sample(self):
-            s = old_sample(self)
-            if self.step == 4:
-                with torch.no_grad(): self.model.lm_head.weight[3, 0] = float("nan")
-            return s
-        monkeypatch.setattr(Run, "sample", sample)
+        from minirl_nb import train as module
+
+        old_sample = module.sample
+
+        def sample(run):
+            step = old_sample(run)
+            if run.step == 4:
+                with torch.no_grad():
+                    run.model.lm_head.weight[3, 0] = float("nan")
+            return step
+
+        monkeypatch.setattr(module, "sample", sample)
     (tmp_path / "r.yaml").write_text(config_yaml(small(tmp_path / "run", coldstart)))
     assert main(["train", str(tmp_path / "r.yaml")]) == 1
     error = capsys.readouterr().err

@@ -6,14 +6,13 @@
 __all__ = ['refuse', 'refuse_if_too_large', 'plan', 'GPUS', 'PUBLISHED', 'Assumptions', 'Case', 'Cluster', 'GiB', 'Gpu', 'Phase',
            'Plan', 'Shape', 'model_config', 'shape']
 
-# %% ../../nbs/16g_plan.ipynb #9dd1250d
+# %% ../../nbs/16g_plan.ipynb #75d2f872
 from dataclasses import replace
 
 import torch
 
-from .. import policy
 from ..config import RunConfig
-from minirl_nb.plan.cluster import (
+from minirl_nb.plan.cluster import (  # noqa: F401
     GPUS,
     PUBLISHED,
     Assumptions,
@@ -64,9 +63,9 @@ _all_ = [
     "shape",
 ]
 
-# %% ../../nbs/16g_plan.ipynb #aac4a684
+# %% ../../nbs/16g_plan.ipynb #79599b1e
 def _states(case: Case) -> dict[str, float]:
-    "Bytes of weights, gradients and AdamW's two moments on a GPU: each parameter once in its shard."
+    "Bytes of weights, gradients and AdamW's moments on a GPU: each parameter once in its shard."
     size = 4 if case.config.model.dtype == "float32" else 2
     part = case.model.parameters * size / (case.config.parallel.shard or case.cluster.gpus)
     return {"weights": part, "gradients": part, "optimiser states": 2 * part}
@@ -94,10 +93,10 @@ def _least_activations(case: Case) -> float:
     more_layers = (deep - shallow) / max(high - low, 1) * (case.model.layers - low)
     return max(shallow - without_tokens, 0.0) + more_layers
 
-
+# %% ../../nbs/16g_plan.ipynb #6ec7de4d
 def refuse(config: RunConfig, cluster: Cluster) -> str | None:
-    """One sentence why a run cannot fit on a cluster, or None: a lower bound, quick enough for every
-    launch. FileNotFoundError where there is no config of the model."""
+    """One sentence why a run cannot fit on a cluster, or None: a lower bound, quick enough for
+    every launch. FileNotFoundError where there is no config of the model."""
     case = Case.of(config, cluster, Assumptions())
     terms, name = _states(case), config.model.path
     if case.offload:
@@ -128,7 +127,7 @@ def refuse_if_too_large(config: RunConfig, world_size: int) -> str | None:
     FileNotFoundError where there is no config of the model."""
     return refuse(config, Cluster.here(world_size))
 
-# %% ../../nbs/16g_plan.ipynb #ac926062
+# %% ../../nbs/16g_plan.ipynb #6d01d427
 def _check_layout(case: Case) -> None:
     "ValueError for a layout that this number of GPUs cannot have."
     parallel, gpus, experts = case.config.parallel, case.cluster.gpus, case.model.E
@@ -150,7 +149,7 @@ def _check_layout(case: Case) -> None:
             f"rollout.tensor_parallel is {tensor_parallel}, which does not divide the {gpus} GPUs"
         )
 
-
+# %% ../../nbs/16g_plan.ipynb #33bbf754
 _MOVED = {  # kind of collective: what a reader calls it
     "gather": "weights gathered",
     "scatter": "gradients reduced",
@@ -168,7 +167,7 @@ def _moved(measured: Pass, times: int) -> dict[str, float]:
             found[name] = found.get(name, 0.0) + size * times
     return found
 
-# %% ../../nbs/16g_plan.ipynb #2564c4d4
+# %% ../../nbs/16g_plan.ipynb #712d9b18
 def _mean_tokens(case: Case) -> float:
     "Tokens of a prompt and its response, on average."
     return float(response_lengths(case, case.responses).mean()) + case.assume.prompt_tokens
@@ -200,7 +199,7 @@ def _phases(
     }
     return [Phase(name, memory[name], seconds[name], moved[name]) for name in memory]
 
-
+# %% ../../nbs/16g_plan.ipynb #b89dc1cb
 def _evaluation_hours(case: Case, engine: Engine, capacity: float) -> float:
     "Hours that evaluations take in the whole run."
     evaluation, steps = case.config.evaluation, case.config.steps

@@ -40,7 +40,7 @@ def passes_of(case: Case, accumulate: bool) -> Passes:
         measure(case, SMALL, False, accumulate),
     )
 
-# %% ../../nbs/16e_memory.ipynb #9d3e3605
+# %% ../../nbs/16e_memory.ipynb #6fff986c
 def _room(case: Case) -> float:
     "Bytes of a GPU that an update may take."
     asleep = case.assume.asleep if case.shares_gpus else 0.0
@@ -66,7 +66,7 @@ def _next_width(points: list[tuple[float, float]], room: float) -> tuple[float, 
         width = below[0] + (room - below[1]) * slope * 0.995
     return below[0], int(min(width, 2**22)) // 128 * 128
 
-
+# %% ../../nbs/16e_memory.ipynb #cb9c3db2
 def _widest(
     points: list[tuple[float, float]],  # measured: tokens, bytes
     room: float,
@@ -134,7 +134,7 @@ def cache_bytes(case: Case, engine: Engine, capacity: float, served: Sampling) -
     at_once = min(case.config.rollout.max_batch, -(-case.responses // engine.number))
     return at_once * float(case.longest) * engine.cache_bytes
 
-# %% ../../nbs/16e_memory.ipynb #3876fa90
+# %% ../../nbs/16e_memory.ipynb #aa56665d
 def _terms(
     case: Case,
     engine: Engine,
@@ -165,7 +165,7 @@ def _terms(
         "context": assume.context,
     }
 
-
+# %% ../../nbs/16e_memory.ipynb #e39f77db
 def memory_of_phases(
     case: Case,
     engine: Engine,
@@ -204,7 +204,7 @@ def memory_of_phases(
         ),
     }
 
-
+# %% ../../nbs/16e_memory.ipynb #4283fda8
 def host_memory(
     case: Case,
     engine: Engine,

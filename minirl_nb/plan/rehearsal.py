@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rehearse']
 
-# %% ../../nbs/16h_rehearsal.ipynb #429ca798
+# %% ../../nbs/16h_rehearsal.ipynb #8267b0b8
 import json
 import os
 import subprocess
@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import run as run_state
 from .. import train
 from ..batch import Rollout
-from ..config import RunConfig, config_yaml, prompts_of
+from ..config import RunConfig, config_yaml, load_config, prompts_of
 from .cluster import Assumptions, Case, Cluster
 from .step import MicroBatch
 
@@ -71,8 +72,8 @@ def _quiet(config: RunConfig, folder: str) -> RunConfig:
     batch = replace(config.batch, updates=1, rollout_prompts=None)
     return replace(config, resume=False, steps=1, batch=batch, output=output)
 
-# %% ../../nbs/16h_rehearsal.ipynb #97418f03
-def _random_step(run, rows: int, width: int, prompt: int):
+# %% ../../nbs/16h_rehearsal.ipynb #26dd17a9
+def _random_step(run: train.Run, rows: int, width: int, prompt: int) -> train.Step:
     "A rollout step of random tokens, on its way to one update."
     generator = torch.Generator().manual_seed(0)
     vocabulary = run.model.get_input_embeddings().num_embeddings
@@ -121,17 +122,18 @@ def _resident_growth(update) -> float | None:
     update()
     return float(_resident("VmHWM") - before)
 
-# %% ../../nbs/16h_rehearsal.ipynb #469edd7c
+# %% ../../nbs/16h_rehearsal.ipynb #e650f511
 def _main(recipe: str, rows: str, width: str, prompt: str) -> None:
     "What the process of a rehearsal does; its last line is the result as JSON."
-    train.tune_allocator = lambda: False  # keeping freed memory is fast, and hides what is in use
-    run = train.Run(train.load_config(recipe))
+    # keeping freed memory is fast, and hides what is in use
+    run_state.tune_allocator = lambda: False
+    run = train.Run(load_config(recipe))
     step = _random_step(run, int(rows), int(width), int(prompt))
     run.replay = "none"
-    run.recompute(step)
+    train.recompute(run, step)
 
     def update() -> None:
-        run.update(step, 0)
+        train.update(run, step, 0)
 
     update()  # from now on the optimiser has its states
     run.optimizer.zero_grad(set_to_none=True)

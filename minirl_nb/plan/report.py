@@ -140,7 +140,7 @@ def _by_phase(phases: list[Phase], what: str, show) -> list[list[str]]:
     names = dict.fromkeys(name for terms in fields for name, value in terms.items() if value)
     return [[name, *(show(terms.get(name, 0.0)) for terms in fields)] for name in names]
 
-# %% ../../nbs/16f_report.ipynb #e342f3d8
+# %% ../../nbs/16f_report.ipynb #954fd183
 def _each(plan: Plan) -> str:
     return "process" if plan.cluster.is_cpu else "GPU"
 
@@ -151,8 +151,8 @@ def _heading(plan: Plan) -> str:
     size = model.parameters / (1e9 if billions else 1e6)
     used = model.active / model.parameters
     return (
-        f"{plan.config.model.path} ({size:.1f} {'B' if billions else 'M'} parameters, {used:.0%} of "
-        f"them used by a token) on {plan.cluster} ({nodes} {'node' if nodes == 1 else 'nodes'})"
+        f"{plan.config.model.path} ({size:.1f} {'B' if billions else 'M'} parameters, {used:.0%} "
+        f"of them used by a token) on {plan.cluster} ({nodes} {'node' if nodes == 1 else 'nodes'})"
     )
 
 

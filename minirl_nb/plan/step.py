@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fake_processes', 'MicroBatch', 'Pass', 'watch_parts', 'watch_step', 'run_pass', 'depths', 'head_chunk', 'measure']
 
-# %% ../../nbs/16c_step.ipynb #999d9c35
+# %% ../../nbs/16c_step.ipynb #99b883db
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import parallel, policy
 from .cluster import Case, Shape, skeleton
 from .ledger import Ledger
+from ..world import World
 
 # %% ../../nbs/16c_step.ipynb #5260b0b3
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def fake_processes(number: int) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
 
-# %% ../../nbs/16c_step.ipynb #ee08f354
+# %% ../../nbs/16c_step.ipynb #7e38fd4e
 def _even(number: int, parts: int) -> list[int]:
     "A number cut into whole parts that differ by one at most."
     return [number * (i + 1) // parts - number * i // parts for i in range(parts)]
@@ -75,7 +76,7 @@ def _balanced_experts():
     expert_parallel.EPImplementationInterface.register("minirl_balanced", Balanced)
     return Balanced
 
-
+# %% ../../nbs/16c_step.ipynb #70d311fa
 def _distribute(model: nn.Module, case: Case) -> nn.Module:
     "What `from_pretrained(distributed_config=...)` does to a model, on a mesh of fake processes."
     from torch.distributed.device_mesh import init_device_mesh
@@ -99,7 +100,7 @@ def _distribute(model: nn.Module, case: Case) -> nn.Module:
     meshes = TransformersDeviceMesh(dense, expert)
     return type(model).maybe_distribute_model(model, spread, meshes)
 
-# %% ../../nbs/16c_step.ipynb #01015a45
+# %% ../../nbs/16c_step.ipynb #6cbc4885
 class MicroBatch(NamedTuple):
     "Tokens of one forward: `rows` x `width`, of which `answers` get a log-probability."
 
@@ -129,7 +130,7 @@ def _mix(a, b, share: float):
         return {key: _mix(a.get(key, 0.0), b.get(key, 0.0), share) for key in a | b}
     return a + share * (b - a)
 
-
+# %% ../../nbs/16c_step.ipynb #8371e7cc
 @dataclass
 class Pass:
     "What one micro-batch of one GPU costs; see `Ledger` for the keys."
@@ -162,7 +163,7 @@ class Pass:
         "Most bytes alive in the micro-batch itself, without the optimiser's step."
         return max(size for part, size in self.peak.items() if part != "step")
 
-# %% ../../nbs/16c_step.ipynb #60cd65d8
+# %% ../../nbs/16c_step.ipynb #4156a0ec
 @contextlib.contextmanager
 def _as_with_numbers() -> Iterator[None]:
     """Where transformers takes another way because tensors are fake, it takes that of real ones: no
@@ -184,7 +185,7 @@ def _as_with_numbers() -> Iterator[None]:
         moe._can_use_grouped_mm = can_use
         masking_utils.find_packed_sequence_indices = find_packed
 
-
+# %% ../../nbs/16c_step.ipynb #043500f7
 def _model(case: Case, layers: int) -> nn.Module:
     "The skeleton as the run would set it up."
     settings = case.config.model
@@ -210,7 +211,7 @@ def _held(tensors: Iterable[Tensor | None]) -> float:
     there = (t for t in tensors if t is not None)
     return float(sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in there))
 
-# %% ../../nbs/16c_step.ipynb #9a535fb2
+# %% ../../nbs/16c_step.ipynb #f392b27b
 def watch_parts(ledger: Ledger, model: nn.Module):
     "The ledger's part becomes `head` at the output head and `backward` at its gradient. A handle."
 
@@ -221,7 +222,7 @@ def watch_parts(ledger: Ledger, model: nn.Module):
 
     return model.get_output_embeddings().register_forward_pre_hook(at_head)
 
-
+# %% ../../nbs/16c_step.ipynb #e1af15bc
 def watch_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -257,7 +258,7 @@ def watch_step(
             optimizer.step()
     handle.remove()
 
-# %% ../../nbs/16c_step.ipynb #ac14cf67
+# %% ../../nbs/16c_step.ipynb #c1a4c858
 def _first_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: bool
 ) -> tuple[float, float]:
@@ -273,7 +274,7 @@ def _first_step(
     states = _held(t for state in optimizer.state.values() for t in state.values())
     return gradients, states
 
-
+# %% ../../nbs/16c_step.ipynb #042bd238
 def run_pass(
     case: Case,
     layers: int,  # the first ones of the model
@@ -291,7 +292,7 @@ def run_pass(
         warnings.simplefilter("ignore")
         model.to_empty(device="cpu")
         model.tie_weights()
-        optimizer = parallel.Processes.optimizer(None, model, case.config.optimizer)
+        optimizer = World().optimizer(model, case.config.optimizer)
         if not case.cluster.is_cpu:
             # as torch chooses on a GPU: all parameters in one go, at the price of temporaries
             for group in optimizer.param_groups:
@@ -304,7 +305,7 @@ def run_pass(
     found = (ledger.peak, ledger.seconds, ledger.flops, ledger.moved)
     return Pass(weights, gradients, states, *(dict(values) for values in found))
 
-# %% ../../nbs/16c_step.ipynb #377cc46d
+# %% ../../nbs/16c_step.ipynb #874b09d6
 def depths(model: Shape) -> tuple[int, int]:
     """Numbers of layers to measure: in the repeating part, a whole number of periods apart and away
     from the whole, and not fewer than three, because the first layers start FSDP2's prefetching.
@@ -315,12 +316,12 @@ def depths(model: Shape) -> tuple[int, int]:
     high = low + period * -(-2 // period)
     return (low, high) if high < model.layers else (model.layers, model.layers)
 
-
+# %% ../../nbs/16c_step.ipynb #19e05e02
 def head_chunk(case: Case) -> int:
     "Rows of the head that are computed at once."
     return max(1, policy.CHUNK // case.hf_config.get_text_config().vocab_size)
 
-# %% ../../nbs/16c_step.ipynb #2b884155
+# %% ../../nbs/16c_step.ipynb #12b87a60
 _measured: dict[tuple, Pass] = {}  # in this process
 
 
@@ -352,7 +353,7 @@ def _measure(case: Case, micro: MicroBatch, train: bool, accumulate: bool) -> Pa
     more = fewer.along(shallow, (micro.answers - few // 2) / (few - few // 2))
     return _with_head_of(whole, shallow, more)
 
-
+# %% ../../nbs/16c_step.ipynb #9cf2cdc4
 def _with_head_of(whole: Pass, shallow: Pass, more: Pass) -> Pass:
     "`whole`, and what the further chunks of the head add from `shallow` to `more`."
 

@@ -19,7 +19,7 @@ from .. import batch, parallel
 from .cluster import Case
 from .step import MicroBatch, Pass
 
-# %% ../../nbs/16d_time.ipynb #5b5cbc7a
+# %% ../../nbs/16d_time.ipynb #4dedcfa7
 def lengths(number: int, longest: int, mean: float) -> np.ndarray:
     "Tokens of so many responses, ascending, with a mean of `mean` times the longest."
     quantile = (np.arange(number) + 0.5) / number
@@ -47,7 +47,7 @@ def _fill(length: list[int], budget: int) -> list[list[int]]:
             packed.append([tokens])
     return packed
 
-
+# %% ../../nbs/16d_time.ipynb #00d07345
 def _loads(case: Case, length: torch.Tensor) -> list[Load]:
     "Micro-batches of one rank."
     settings = case.config.batch
@@ -60,13 +60,13 @@ def _loads(case: Case, length: torch.Tensor) -> list[Load]:
         widths = []
     return [Load(sum(of_rows), sum(width**2 for width in of_rows)) for of_rows in widths]
 
-
+# %% ../../nbs/16d_time.ipynb #f88a57ce
 def meetings(case: Case, responses: int) -> tuple[list[list[Load]], float]:
     """Micro-batches in the order in which ranks meet: for each, the load of every rank that still
     has one. And the tokens of the fullest rank over the mean."""
     ranks = case.cluster.gpus
     length = torch.from_numpy(response_lengths(case, responses)) + case.assume.prompt_tokens
-    owner = parallel.owners(length, torch.zeros_like(length), ranks)
+    owner = parallel.assign_rows(length, torch.zeros_like(length), ranks)
     own = [length[owner == rank] for rank in range(ranks)]
     loads = [_loads(case, of_rank) for of_rank in own]
     rounds = max(len(of_rank) for of_rank in loads)
@@ -74,7 +74,7 @@ def meetings(case: Case, responses: int) -> tuple[list[list[Load]], float]:
     met = [[of_rank[i] for of_rank in loads if i < len(of_rank)] for i in range(rounds)]
     return met, max(tokens) * ranks / max(sum(tokens), 1)
 
-# %% ../../nbs/16d_time.ipynb #23517fd4
+# %% ../../nbs/16d_time.ipynb #a400fce5
 def _compute_seconds(measured: Pass) -> tuple[float, float]:
     "Seconds of a pass without the optimiser's step: (linear work, attention)."
     linear = attention = 0.0
@@ -97,7 +97,7 @@ def _send_seconds(case: Case, measured: Pass, *kinds: str) -> float:
             total += size / (rate * case.assume.collective)
     return total
 
-
+# %% ../../nbs/16d_time.ipynb #c1e00d1e
 def pass_seconds(
     case: Case,
     measured: Pass,
@@ -125,7 +125,7 @@ def pass_seconds(
         found["experts' exchange"] += swap
     return found
 
-
+# %% ../../nbs/16d_time.ipynb #9606785a
 def update_seconds(
     case: Case, measured: Pass, micro: MicroBatch, met: list[list[Load]]
 ) -> dict[str, float]:
@@ -157,7 +157,7 @@ def transfer_seconds(case: Case) -> dict[str, float]:
     loaded = case.model.parameters * case.compute_bytes
     return {"gathering": sync_bytes(case) / speed, "loading": loaded / into}
 
-# %% ../../nbs/16d_time.ipynb #1f08c132
+# %% ../../nbs/16d_time.ipynb #b46886e8
 @dataclass
 class Sampling:
     "What an engine did."
@@ -174,7 +174,7 @@ class Sampling:
         "False where a response does not fit into the cache."
         return math.isfinite(self.seconds)
 
-
+# %% ../../nbs/16d_time.ipynb #8f94d8be
 class _Batch:
     "The responses that an engine runs, and the cache they use."
 
@@ -250,7 +250,7 @@ def decode(
         now.retire()
     return found
 
-# %% ../../nbs/16d_time.ipynb #0dd9c7f4
+# %% ../../nbs/16d_time.ipynb #0dd11a4c
 @dataclass(frozen=True)
 class Engine:
     "The rollout engine of a config: who shares it, what it holds, what a step reads."
@@ -269,7 +269,7 @@ class Engine:
         "Bytes of weights on a GPU that trains."
         return 0.0 if self.apart else self.weights
 
-
+# %% ../../nbs/16d_time.ipynb #35e48d56
 def engine_of(case: Case) -> Engine:
     "The engine that `case.config.rollout` asks for."
     rollout, model, wide = case.config.rollout, case.model, case.compute_bytes
@@ -295,7 +295,7 @@ def engine_of(case: Case) -> Engine:
         cache_bytes=model.kv_bytes / 2 * cache_type / min(tensor_parallel, model.kv_heads),
     )
 
-
+# %% ../../nbs/16d_time.ipynb #2fde71d9
 def sample(case: Case, engine: Engine, capacity: float, responses: int) -> Sampling:
     "The slowest engine's work: its share of the responses, in an order drawn once."
     cluster, assume, model = case.cluster, case.assume, case.model
