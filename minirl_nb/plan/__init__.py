@@ -6,25 +6,16 @@
 __all__ = ['refuse', 'refuse_if_too_large', 'plan', 'GPUS', 'PUBLISHED', 'Assumptions', 'Case', 'Cluster', 'GiB', 'Gpu', 'Phase',
            'Plan', 'Shape', 'model_config', 'shape']
 
-# %% ../../nbs/16g_plan.ipynb #75d2f872
+# %% ../../nbs/16g_plan.ipynb #eba95e26
 from dataclasses import replace
 
 import torch
 
 from ..config import RunConfig
-from minirl_nb.plan.cluster import (  # noqa: F401
-    GPUS,
-    PUBLISHED,
-    Assumptions,
-    Case,
-    Cluster,
-    GiB,
-    Gpu,
-    Shape,
-    model_config,
-    shape,
-)
+from .case import PUBLISHED, Case, Shape, model_config, shape  # noqa: F401
+from .cluster import GPUS, Assumptions, Cluster, GiB, Gpu  # noqa: F401
 from minirl_nb.plan.memory import (
+    Passes,
     cache_bytes,
     cache_tokens,
     host_memory,
@@ -167,7 +158,7 @@ def _moved(measured: Pass, times: int) -> dict[str, float]:
             found[name] = found.get(name, 0.0) + size * times
     return found
 
-# %% ../../nbs/16g_plan.ipynb #712d9b18
+# %% ../../nbs/16g_plan.ipynb #5d20b3c2
 def _mean_tokens(case: Case) -> float:
     "Tokens of a prompt and its response, on average."
     return float(response_lengths(case, case.responses).mean()) + case.assume.prompt_tokens
@@ -176,7 +167,7 @@ def _mean_tokens(case: Case) -> float:
 def _phases(
     case: Case,
     memory: dict[str, dict[str, float]],
-    passes,  # memory.Passes
+    passes: Passes,
     mini_batch: list[list[Load]],  # micro-batches of a gradient step
     served: Sampling,
 ) -> list[Phase]:

@@ -6,11 +6,11 @@
 __all__ = ['SMALL', 'Passes', 'passes_of', 'largest_micro_batch', 'cache_tokens', 'cache_bytes', 'memory_of_phases',
            'host_memory']
 
-# %% ../../nbs/16e_memory.ipynb #1344f6de
+# %% ../../nbs/16e_memory.ipynb #c6f5b241
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .cluster import Case
+from .case import Case
 from .step import MicroBatch, Pass, measure
 from .time import Engine, Sampling
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rehearse']
 
-# %% ../../nbs/16h_rehearsal.ipynb #8267b0b8
+# %% ../../nbs/16h_rehearsal.ipynb #eea4bcc5
 import json
 import os
 import subprocess
@@ -21,7 +21,8 @@ from .. import run as run_state
 from .. import train
 from ..batch import Rollout
 from ..config import RunConfig, config_yaml, load_config, prompts_of
-from .cluster import Assumptions, Case, Cluster
+from .case import Case
+from .cluster import Assumptions, Cluster
 from .step import MicroBatch
 
 # %% ../../nbs/16h_rehearsal.ipynb #e11641ee

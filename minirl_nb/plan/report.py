@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Phase', 'Plan', 'knob', 'warnings_of']
 
-# %% ../../nbs/16f_report.ipynb #bea0239a
+# %% ../../nbs/16f_report.ipynb #4415c4bc
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config import RunConfig
-from .cluster import GB, Assumptions, Cluster, GiB, Shape
+from .case import Shape
+from .cluster import GB, Assumptions, Cluster, GiB
 from .time import Sampling
 
 # %% ../../nbs/16f_report.ipynb #c7b544da

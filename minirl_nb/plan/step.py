@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fake_processes', 'MicroBatch', 'Pass', 'watch_parts', 'watch_step', 'run_pass', 'depths', 'head_chunk', 'measure']
 
-# %% ../../nbs/16c_step.ipynb #99b883db
+# %% ../../nbs/16c_step.ipynb #13895c8d
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import parallel, policy
-from .cluster import Case, Shape, skeleton
+from .case import Case, Shape, skeleton
 from .ledger import Ledger
 from ..world import World
 

@@ -6,7 +6,7 @@
 __all__ = ['lengths', 'response_lengths', 'Load', 'meetings', 'pass_seconds', 'update_seconds', 'sync_bytes', 'transfer_seconds',
            'Sampling', 'decode', 'Engine', 'engine_of', 'sample']
 
-# %% ../../nbs/16d_time.ipynb #f2282912
+# %% ../../nbs/16d_time.ipynb #22ddab9f
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import batch, parallel
-from .cluster import Case
+from .case import Case
 from .step import MicroBatch, Pass
 
 # %% ../../nbs/16d_time.ipynb #4dedcfa7
