@@ -22,13 +22,14 @@ mkdir -p "$logs"
 # For each server, the GPUs that it may see and the command that starts it, as the library writes it for this recipe.
 mapfile -t lines < <(python - "$recipe" "$address" "$port" "$count" "$@" <<'PYTHON'
 import sys
-from minirl_nb import train, vllm_served
+from minirl_nb import train
+from minirl_nb.vllm.server import serve_command
 recipe, host, port, count, *words = sys.argv[1:]
 config = train.load_config(recipe, words)
 wide = config.rollout.tensor_parallel
 for i in range(int(count)):
     print(",".join(str(i * wide + k) for k in range(wide)))
-    print(vllm_served.serve_command(config, f"http://{host}:{int(port) + i}"))
+    print(serve_command(config, f"http://{host}:{int(port) + i}"))
 PYTHON
 )
 if [[ ${#lines[@]} -ne $((2 * count)) ]]; then echo "servers.sh: no commands for $recipe" >&2; exit 2; fi

@@ -97,7 +97,7 @@ def _coldstart_config() -> type:
 
 
 def _problems_config() -> type:
-    from minirl_nb.benchmarks import ProblemsConfig
+    from minirl_nb.selection import ProblemsConfig
 
     return ProblemsConfig
 
@@ -294,7 +294,7 @@ def _run(name: str, words: list[str]) -> int:
 
     from minirl_nb.rollout import ParityError
     from minirl_nb.run import TrainingError
-    from minirl_nb.vllm_engine import EngineError
+    from minirl_nb.vllm.requests import EngineError
 
     logging.disable_progress_bar()  # of loading and saving weights; the run has its own
     stopped: tuple[Any, ...] = (ParityError, TrainingError, EngineError, FloatingPointError)

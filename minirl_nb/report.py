@@ -29,7 +29,7 @@ import torch
 from . import evaluate
 from .checkpoint import newest_checkpoint, write_atomically
 from .config import RunConfig
-from .first_order import VALIDITY_LIMIT
+from .validity import VALIDITY_LIMIT
 from .parsing import flatten
 from .rollout import Sampling
 

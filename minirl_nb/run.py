@@ -35,7 +35,8 @@ from .batch import Ragged, Rollout
 from .checkpoint import begin_checkpoint, newest_checkpoint, write_atomically
 from .checks import changes_of, check, objective_of, replay_of
 from .config import RunConfig, config_yaml
-from .policy import pack_attention, token_logprobs
+from .packed import pack_attention
+from .policy import token_logprobs
 from .report import append_row, read_evaluations, read_rows
 from .rollout import Engine, TorchEngine
 from .tasks import data_path
@@ -138,13 +139,14 @@ def make_engine(run: "Run") -> Engine:
         "dtype": torch.bfloat16 if model.compute == "bfloat16" else None,
     }
     if rollout.servers:
-        from minirl_nb.vllm_served import ServedEngine, serve_command
+        from minirl_nb.vllm.served import ServedEngine
+        from minirl_nb.vllm.server import serve_command
 
         options["patience"] = 300
         options["command"] = serve_command(run.config, cpu=not torch.cuda.is_available())
         options["folder"] = rollout.transfer_folder
         return ServedEngine(rollout.servers, run.model, run.tokenizer, **options)
-    from minirl_nb.vllm_engine import VLLMEngine
+    from minirl_nb.vllm.engine import VLLMEngine
 
     # after a rollout come new weights: those that sampled need not be kept while it sleeps
     options |= {"sleep_level": 2, "tensor_parallel": rollout.tensor_parallel} | rollout.options
