@@ -184,13 +184,13 @@ def _plan(positional: list[str], options: list[str]) -> None:
 
 
 def _problems(positional: list[str], options: list[str]) -> None:
-    from minirl_nb import benchmarks
+    from minirl_nb import benchmarks, selection
 
     if not positional and not options:
         print(benchmarks.catalog())
         return
-    config = parse_config(benchmarks.ProblemsConfig(*positional), options, "command line")
-    print(f"{benchmarks.make_problems(config)}\nproblems: {config.output}")
+    config = parse_config(selection.ProblemsConfig(*positional), options, "command line")
+    print(f"{selection.make_problems(config)}\nproblems: {config.output}")
 
 
 def _export(positional: list[str], options: list[str]) -> None:

@@ -4,6 +4,7 @@ The bound: sums over ranks are taken in another order than sums over rows, 6e-8 
 mean square, so that an entry whose gradient is itself a rounding moves by up to the learning rate whatever its size. After 12 steps
 losses and gradient norms agree to 1e-5 of their size and the weights, as one vector, to 1e-5 of their norm; measured: 1.3e-6, 5e-6 and
 4e-6. A single tensor with small gradients may be off by ten times more (measured 5e-5), and is held to 3e-4."""
+
 import json
 import os
 import re
@@ -24,16 +25,46 @@ ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "parallel_worker.py"
 BOUND = 1e-5
 PROMPTS, RESPONSES, STEPS = 6, 8, 12
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-ENVIRONMENT = {k: v for k, v in ENVIRONMENT.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+ENVIRONMENT = {
+    k: v
+    for k, v in ENVIRONMENT.items()
+    if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+}
 
 
 def start(processes, *command):
     "A command under torchrun, or alone for one process."
-    runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", "0",
-              "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"] if processes else [sys.executable]
-    return subprocess.Popen([*runner, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    runner = (
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--max-restarts",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+        ]
+        if processes
+        else [sys.executable]
+    )
+    return subprocess.Popen(
+        [*runner, *map(str, command)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def work(processes, cases, folder):
@@ -50,20 +81,48 @@ def given(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     folder, task = tmp_path_factory.mktemp("given"), tasks.load("arithmetic")
-    engine = TorchEngine(AutoModelForCausalLM.from_pretrained(ROOT / "data/coldstart"), fp8="fp8_per_channel", routes=True,
-                         eos_token_id=task.tokenizer.eos_token_id, pad_token_id=task.tokenizer.pad_token_id)
-    order = torch.randperm(len(task.problems), generator=torch.Generator().manual_seed(train.seed_of(0, "order", 0)))
+    engine = TorchEngine(
+        AutoModelForCausalLM.from_pretrained(ROOT / "data/coldstart"),
+        fp8="fp8_per_channel",
+        routes=True,
+        eos_token_id=task.tokenizer.eos_token_id,
+        pad_token_id=task.tokenizer.pad_token_id,
+    )
+    order = torch.randperm(
+        len(task.problems), generator=torch.Generator().manual_seed(train.seed_of(0, "order", 0))
+    )
     for updates in (1, 4):
         n = PROMPTS * updates
         for k in range(STEPS // updates):
-            prompts = [task.encode(task.problems[i]) for i in order[k * n:(k + 1) * n].tolist()]
-            batch.save(engine.generate(prompts, Sampling(RESPONSES, 1.0, 24, seed=k)), folder / f"N{updates}" / str(k))
-    base = {"model.path": "data/coldstart", "rollout.fp8": "fp8_per_channel", "rollout.max_new_tokens": 24, "rollout.probe": 0,
-            "batch.prompts": PROMPTS, "rollout.responses": RESPONSES, "steps": STEPS, "threads": 1, "batch.tokens": 512,
-            "output.monitor": 8, "output.progress": False}
+            prompts = [task.encode(task.problems[i]) for i in order[k * n : (k + 1) * n].tolist()]
+            batch.save(
+                engine.generate(prompts, Sampling(RESPONSES, 1.0, 24, seed=k)),
+                folder / f"N{updates}" / str(k),
+            )
+    base = {
+        "model.path": "data/coldstart",
+        "rollout.fp8": "fp8_per_channel",
+        "rollout.max_new_tokens": 24,
+        "rollout.probe": 0,
+        "batch.prompts": PROMPTS,
+        "rollout.responses": RESPONSES,
+        "steps": STEPS,
+        "threads": 1,
+        "batch.tokens": 512,
+        "output.monitor": 8,
+        "output.progress": False,
+    }
 
     def case(name, updates=1, replay="R3", share="balanced", config=(), **more):
-        config = base | {"batch.updates": updates, "objective.replay": replay, "output.folder": str(folder / name)} | dict(config)
+        config = (
+            base
+            | {
+                "batch.updates": updates,
+                "objective.replay": replay,
+                "output.folder": str(folder / name),
+            }
+            | dict(config)
+        )
         return {"config": config, "rollouts": str(folder / f"N{updates}"), "share": share, **more}
 
     case.folder = folder
@@ -73,8 +132,12 @@ def given(tmp_path_factory):
 SETTINGS = [(n, r) for n in (1, 4) for r in ("none", "R2", "R3")]
 SHARED = {
     **{f"balanced-N{n}-{r}": (n, r, dict()) for n, r in SETTINGS},
-    **{f"cut-N{n}-{r}": (n, r, dict(share="cut")) for n, r in ((1, "R2"), (4, "R3"))},     # groups split 2 to 5
-    **{f"onerank-N{n}-{r}": (n, r, dict(share="one rank")) for n, r in ((4, "R2"), (1, "R3"))},     # rank 1 computes padding only
+    **{
+        f"cut-N{n}-{r}": (n, r, dict(share="cut")) for n, r in ((1, "R2"), (4, "R3"))
+    },  # groups split 2 to 5
+    **{
+        f"onerank-N{n}-{r}": (n, r, dict(share="one rank")) for n, r in ((4, "R2"), (1, "R3"))
+    },  # rank 1 computes padding only
     "onerow-N1-R3": (1, "R3", dict(share="one row")),
     "experts-N4-R3": (4, "R3", dict(config={"parallel.expert": 2})),
     "experts-N1-R2": (1, "R2", dict(config={"parallel.expert": 2})),
@@ -91,23 +154,32 @@ def compared(given):
     return given.folder
 
 
-def steps(folder): return [r for line in (folder / "metrics.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == "step"]
+def steps(folder):
+    return [
+        r
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if (r := json.loads(line))["kind"] == "step"
+    ]
 
 
 def assert_equal_runs(a, b, count=STEPS):
     for x, y in zip(steps(a), steps(b), strict=True):
         assert x["step"] == y["step"]
-        for key in ("loss", "grad_norm"): assert y[key] == pytest.approx(x[key], rel=BOUND, abs=1e-9), (x["step"], key)
-        for key in ("reward", "response_length", "equal_groups", "cut", "lr"): assert x[key] == pytest.approx(y[key], rel=1e-6), key
-        for key in ("entropy", "k3", "weight/max", "clip_high", "clip_low"): assert y[key] == pytest.approx(x[key], rel=1e-3, abs=1e-6), key
+        for key in ("loss", "grad_norm"):
+            assert y[key] == pytest.approx(x[key], rel=BOUND, abs=1e-9), (x["step"], key)
+        for key in ("reward", "response_length", "equal_groups", "cut", "lr"):
+            assert x[key] == pytest.approx(y[key], rel=1e-6), key
+        for key in ("entropy", "k3", "weight/max", "clip_high", "clip_low"):
+            assert y[key] == pytest.approx(x[key], rel=1e-3, abs=1e-6), key
     assert len(steps(a)) == count
     a, b = load_file(a / "final.safetensors"), load_file(b / "final.safetensors")
     assert a.keys() == b.keys()
     gap = {k: float((a[k] - b[k]).double().norm()) for k in a}
     size = {k: float(a[k].double().norm()) for k in a}
-    total = lambda d: sum(v ** 2 for v in d.values()) ** 0.5
+    total = lambda d: sum(v**2 for v in d.values()) ** 0.5
     assert total(gap) <= BOUND * total(size)
-    for k in a: assert gap[k] <= 30 * BOUND * size[k], k
+    for k in a:
+        assert gap[k] <= 30 * BOUND * size[k], k
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -118,7 +190,8 @@ def test_two_processes_are_one(name, compared):
 
 def test_a_comparison_would_notice(compared):
     "Runs that differ in the replay alone are further apart than the bound: the comparison above can fail."
-    with pytest.raises(AssertionError): assert_equal_runs(compared / "alone-N4-R2", compared / "balanced-N4-R3")
+    with pytest.raises(AssertionError):
+        assert_equal_runs(compared / "alone-N4-R2", compared / "balanced-N4-R3")
 
 
 def test_resumed_on_other_numbers_of_processes(given, compared):
@@ -133,7 +206,20 @@ def test_resumed_on_other_numbers_of_processes(given, compared):
 
 def test_resumed_with_experts_apart_and_from_one_process(given, compared):
     work(1, [given("from-one", 1, "R2", stop=6, checkpoint=True)], given.folder)
-    work(2, [given("from-one", 1, "R2", config={"resume": True, "parallel.expert": 2}, stop=9, checkpoint=True)], given.folder)
+    work(
+        2,
+        [
+            given(
+                "from-one",
+                1,
+                "R2",
+                config={"resume": True, "parallel.expert": 2},
+                stop=9,
+                checkpoint=True,
+            )
+        ],
+        given.folder,
+    )
     work(1, [given("from-one", 1, "R2", config={"resume": True})], given.folder)
     assert_equal_runs(compared / "alone-N1-R2", given.folder / "from-one")
 
@@ -150,10 +236,12 @@ def run_to_its_end(processes, cases, folder, limit=60):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_on_one_rank_ends_all_with_that_error(rank, given):
-    code, out, seconds = run_to_its_end(2, [given(f"fails-{rank}", 1, "R3", fail=[rank, 2])], given.folder)
+    code, out, seconds = run_to_its_end(
+        2, [given(f"fails-{rank}", 1, "R3", fail=[rank, 2])], given.folder
+    )
     assert code != 0 and seconds < 60
     assert out.count("gradient step 2: made to fail") == 1, out[-3000:]
-    assert "onnection closed" not in out                   # the other rank's echo is not what a user reads
+    assert "onnection closed" not in out  # the other rank's echo is not what a user reads
 
 
 def test_a_killed_rank_ends_all(given):
@@ -169,22 +257,49 @@ def test_the_guard_ends_a_rank_that_nobody_else_would(given):
         s.bind(("localhost", 0))
         port, processes = s.getsockname()[1], []
     for rank in range(2):
-        env = ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                             "MASTER_PORT": str(port)}
-        processes.append(subprocess.Popen([sys.executable, str(WORKER), str(given.folder / "silent.json")], cwd=ROOT, env=env,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try: out, _ = processes[0].communicate(timeout=300)
-    finally: processes[1].kill()
+        env = ENVIRONMENT | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(WORKER), str(given.folder / "silent.json")],
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        out, _ = processes[0].communicate(timeout=300)
+    finally:
+        processes[1].kill()
     assert time.time() - (given.folder / "failed").stat().st_mtime < 60
-    assert processes[0].returncode != 0 and "rank 1 has not been heard of for 30 s" in out, out[-3000:]
+    assert processes[0].returncode != 0 and "rank 1 has not been heard of for 30 s" in out, out[
+        -3000:
+    ]
 
 
 # ------------------------------------------------------------------------------------------ the command
 def minirl(processes, folder, *words):
     "`minirl train` on some processes: exit status and what it printed."
     command = [Path(sys.executable).with_name("minirl"), "train", "--output.folder", folder, *words]
-    p = start(processes, "--no-python", *command) if processes > 1 else subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    p = (
+        start(processes, "--no-python", *command)
+        if processes > 1
+        else subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    )
     out, _ = p.communicate(timeout=600)
     return p.returncode, out
 
@@ -192,49 +307,109 @@ def minirl(processes, folder, *words):
 def test_the_command_under_torchrun(tmp_path):
     """`minirl train` whole, packed, with evaluations, probe, samples and checkpoints. A rollout step has one prompt, so rank 0 samples
     nothing. The same metrics, one report; and its checkpoint exported is the model of one process."""
-    words = ["--model.path", "data/coldstart", "--rollout.max_new_tokens", "20", "--rollout.responses", "8", "--batch.prompts", "1",
-             "--steps", "3", "--objective.replay", "R2", "--evaluation.samples", "1", "--batch.packed", "True",
-             "--output.samples_every", "2", "--output.progress", "False", "--threads", "1"]
+    words = [
+        "--model.path",
+        "data/coldstart",
+        "--rollout.max_new_tokens",
+        "20",
+        "--rollout.responses",
+        "8",
+        "--batch.prompts",
+        "1",
+        "--steps",
+        "3",
+        "--objective.replay",
+        "R2",
+        "--evaluation.samples",
+        "1",
+        "--batch.packed",
+        "True",
+        "--output.samples_every",
+        "2",
+        "--output.progress",
+        "False",
+        "--threads",
+        "1",
+    ]
     for n in (1, 2):
         code, out = minirl(n, tmp_path / str(n), *words)
         assert code == 0 and out.count("gradient steps in") == 1, out[-3000:]
-    one, two = ([json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "12")
+    one, two = (
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in "12"
+    )
     assert [r["kind"] for r in one] == [r["kind"] for r in two]
     for a, b in zip(one, two):
         for k in a:
-            if k in ("loss", "grad_norm", "reward", "entropy", "response_length") or k.startswith("accuracy/"):
+            if k in ("loss", "grad_norm", "reward", "entropy", "response_length") or k.startswith(
+                "accuracy/"
+            ):
                 assert b[k] == pytest.approx(a[k], rel=1e-5, abs=1e-7), k
-    assert any(r["equal_groups"] < 1 for r in one if r["kind"] == "step")          # something was learnt from
-    assert {p.name for p in (tmp_path / "1").iterdir()} == {p.name for p in (tmp_path / "2").iterdir()}
+    assert any(
+        r["equal_groups"] < 1 for r in one if r["kind"] == "step"
+    )  # something was learnt from
+    assert {p.name for p in (tmp_path / "1").iterdir()} == {
+        p.name for p in (tmp_path / "2").iterdir()
+    }
     exported = checkpoint.export(tmp_path / "2", tmp_path / "out", dtype="same")
     a = load_file(tmp_path / "1/checkpoints/step_000003/model.safetensors")
     b = load_file(exported / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
-    with pytest.raises(FileExistsError): checkpoint.export(tmp_path / "2", tmp_path / "out")
-    with pytest.raises(FileNotFoundError): checkpoint.export(tmp_path / "nowhere", tmp_path / "new")
+    with pytest.raises(FileExistsError):
+        checkpoint.export(tmp_path / "2", tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        checkpoint.export(tmp_path / "nowhere", tmp_path / "new")
 
 
-@pytest.mark.parametrize("processes, changes, words", [
-    (6, {"parallel.expert": 3, "batch.prompts": 6}, "parallel.expert is 3, which does not divide the 16 experts"),
-    (4, {"parallel.expert": 4, "parallel.shard": 2}, "parallel.expert is 4, which does not divide the 2 processes of parallel.shard"),
-    (4, {"parallel.shard": 3}, "parallel.shard is 3, which does not divide the 4 processes"),
-    (3, {"batch.prompts": 2, "rollout.responses": 4}, "3 processes do not divide the 8 responses of a mini-batch"),
-    (4, {"rollout.tensor_parallel": 3, "rollout.engine": "vllm"}, "rollout.tensor_parallel is 3, which does not divide the 4 processes"),
-    (4, {"rollout.tensor_parallel": 2}, "only the vLLM engine"),
-    (2, {"rollout.servers": ("http://a:1",)}, "rollout.servers are vLLM's"),
-])
+@pytest.mark.parametrize(
+    "processes, changes, words",
+    [
+        (
+            6,
+            {"parallel.expert": 3, "batch.prompts": 6},
+            "parallel.expert is 3, which does not divide the 16 experts",
+        ),
+        (
+            4,
+            {"parallel.expert": 4, "parallel.shard": 2},
+            "parallel.expert is 4, which does not divide the 2 processes of parallel.shard",
+        ),
+        (4, {"parallel.shard": 3}, "parallel.shard is 3, which does not divide the 4 processes"),
+        (
+            3,
+            {"batch.prompts": 2, "rollout.responses": 4},
+            "3 processes do not divide the 8 responses of a mini-batch",
+        ),
+        (
+            4,
+            {"rollout.tensor_parallel": 3, "rollout.engine": "vllm"},
+            "rollout.tensor_parallel is 3, which does not divide the 4 processes",
+        ),
+        (4, {"rollout.tensor_parallel": 2}, "only the vLLM engine"),
+        (2, {"rollout.servers": ("http://a:1",)}, "rollout.servers are vLLM's"),
+    ],
+)
 def test_launches_that_do_not_come_out_even(processes, changes, words, tmp_path):
     settings = {"model.path": str(ROOT / "data/coldstart"), "output.folder": str(tmp_path / "run")}
     with pytest.raises(ValueError, match=re.escape(words)):
         train.check(train.load_config(None, settings | changes), processes)
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--parallel.expert", "2", "--parallel.shard", "1"], "does not divide the 1 processes of parallel.shard"),
-    (["--model.device", "cuda"], "torch finds no GPU"),
-    (["--parallel.offload", "True"], "parallel.offload keeps parameters in host memory"),
-    (["--batch.prompts", "3", "--rollout.responses", "3"], "2 processes do not divide the 9 responses"),
-])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (
+            ["--parallel.expert", "2", "--parallel.shard", "1"],
+            "does not divide the 1 processes of parallel.shard",
+        ),
+        (["--model.device", "cuda"], "torch finds no GPU"),
+        (["--parallel.offload", "True"], "parallel.offload keeps parameters in host memory"),
+        (
+            ["--batch.prompts", "3", "--rollout.responses", "3"],
+            "2 processes do not divide the 9 responses",
+        ),
+    ],
+)
 def test_a_bad_launch_ends_before_weights_in_one_sentence(words, sentence, tmp_path):
     "Two processes find it out; one sentence is said, and no folder made. The model has a config and no weights: reading them would fail."
     for name in ("config.json", "generation_config.json"):
@@ -261,20 +436,37 @@ def test_a_model_that_does_not_fit_is_refused_before_weights(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     config = train.load_config(None, {"model.device": "cuda"})
-    with pytest.raises(ValueError, match="no GPU"): parallel.device_of(config, 0)
+    with pytest.raises(ValueError, match="no GPU"):
+        parallel.device_of(config, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(parallel.dist, "is_nccl_available", lambda: False)
-    with pytest.raises(ValueError, match="NCCL"): parallel.device_of(config, 0)
+    with pytest.raises(ValueError, match="NCCL"):
+        parallel.device_of(config, 0)
     monkeypatch.setattr(parallel.dist, "is_nccl_available", lambda: True)
-    with pytest.raises(ValueError, match="3 processes on a machine with 2 GPUs"): parallel.device_of(config, 2)
+    with pytest.raises(ValueError, match="3 processes on a machine with 2 GPUs"):
+        parallel.device_of(config, 2)
     assert parallel.device_of(config, 1) == torch.device("cuda", 1)
 
 
 def test_layout_says_what_transformers_is_told(monkeypatch):
-    config = train.load_config(None, {"parallel.shard": 8, "parallel.expert": 4, "model.compute": "bfloat16", "parallel.offload": True})
+    config = train.load_config(
+        None,
+        {
+            "parallel.shard": 8,
+            "parallel.expert": 4,
+            "model.compute": "bfloat16",
+            "parallel.offload": True,
+        },
+    )
     d = parallel.layout(config, 16)
-    assert (d.fsdp_size, d.dp_replicate_size, d.ep_size, d.fsdp_mixed_precision, d.fsdp_cpu_offload) == (8, 2, 4, True, True)
+    assert (
+        d.fsdp_size,
+        d.dp_replicate_size,
+        d.ep_size,
+        d.fsdp_mixed_precision,
+        d.fsdp_cpu_offload,
+    ) == (8, 2, 4, True, True)
     assert parallel.layout(config, 1) is None
 
 
@@ -288,4 +480,6 @@ def test_rows_are_shared_out_in_each_mini_batch_evenly():
         best = max(int(length[part == i].max()), -(-int(length[part == i].sum()) // 16))
         assert load.max() <= 4 / 3 * best
     assert torch.equal(to, parallel.assign_rows(length, part, 16))
-    assert parallel.assign_rows(torch.tensor([5, 5]), torch.tensor([0, 0]), 4).unique().numel() == 2      # fewer rows than ranks
+    assert (
+        parallel.assign_rows(torch.tensor([5, 5]), torch.tensor([0, 0]), 4).unique().numel() == 2
+    )  # fewer rows than ranks

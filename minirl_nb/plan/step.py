@@ -254,7 +254,7 @@ def watch_step(
         ledger.begin("forward")
         # gradients are turned off around the forward alone, as `policy.token_logprobs` is called
         with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            logp, _ = policy._forward(
+            logp, _ = policy.flat_logprobs(
                 model,
                 states,
                 labels,

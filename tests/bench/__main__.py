@@ -3,6 +3,7 @@
 Every comparison alternates its sides within one process and takes the best of several rounds, so that a busy neighbour hurts both alike.
 TRL lives in an environment of its own, `make bench-trl`; without it that row is left out and says so.
 """
+
 import argparse
 import json
 import os
@@ -19,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-THREADS = 1    # the model is tiny: a second thread costs more in hand-over than it computes
+THREADS = 1  # the model is tiny: a second thread costs more in hand-over than it computes
 
 
 def bench_model(**changes):
@@ -27,9 +28,23 @@ def bench_model(**changes):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    config = dict(vocab_size=16, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                  num_experts=16, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True, tie_word_embeddings=False,
-                  max_position_embeddings=128, pad_token_id=0, eos_token_id=15, bos_token_id=None)
+    config = dict(
+        vocab_size=16,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=15,
+        bos_token_id=None,
+    )
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(config | changes))).eval()
     model.set_experts_implementation("grouped_mm")
     return model
@@ -39,12 +54,15 @@ def alternate(sides, rounds, clock=time.process_time):
     """Best seconds of each side, and its last result; the sides take turns. Processor time by default: with one thread it is the clock's
     on an idle machine, and on a busy one the fairer of the two."""
     best, result = dict.fromkeys(sides, float("inf")), {}
-    for r in range(rounds + 1):                       # the first round warms up
+    for r in range(rounds + 1):  # the first round warms up
         for name, f in sides.items():
-            for _ in range(2):                        # twice in a row: the first pays for the caches that the other side left cold
+            for _ in range(
+                2
+            ):  # twice in a row: the first pays for the caches that the other side left cold
                 t = clock()
                 result[name] = f()
-                if r: best[name] = min(best[name], clock() - t)
+                if r:
+                    best[name] = min(best[name], clock() - t)
     return best, result
 
 
@@ -54,11 +72,20 @@ def hf_generate(model, prompts, n, limit, batch):
     eos, total = model.generation_config.eos_token_id, 0
     for part in rows.split(batch):
         with torch.no_grad():
-            out = model.generate(part, attention_mask=torch.ones_like(part), do_sample=True, top_k=0, top_p=1.0, pad_token_id=0,
-                                 max_new_tokens=limit)
-        new = out[:, part.shape[1]:]
-        if eos is None: total += new.numel()
-        else: total += int(((new == eos).cumsum(1) - (new == eos).long() == 0).sum())
+            out = model.generate(
+                part,
+                attention_mask=torch.ones_like(part),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=0,
+                max_new_tokens=limit,
+            )
+        new = out[:, part.shape[1] :]
+        if eos is None:
+            total += new.numel()
+        else:
+            total += int(((new == eos).cumsum(1) - (new == eos).long() == 0).sum())
     return total
 
 
@@ -71,22 +98,50 @@ def engine(rounds):
 
     prompts = torch.randint(2, 15, (128, 6), generator=torch.Generator().manual_seed(0)).tolist()
     rows = []
-    for name, limit, eos in (("equal lengths, 32 tokens", 32, None), ("mean a quarter of the limit of 64", 64, 15)):
+    for name, limit, eos in (
+        ("equal lengths, 32 tokens", 32, None),
+        ("mean a quarter of the limit of 64", 64, 15),
+    ):
         model = bench_model()
         model.generation_config.eos_token_id = eos
-        ours = {k: TorchEngine(model, eos_token_id=99 if eos is None else eos, pad_token_id=0, max_batch=256, **kw)
-                for k, kw in (("plain", {}), ("routes", {"routes": True}), ("fp8", {"fp8": "fp8_per_channel", "routes": True}))}
+        ours = {
+            k: TorchEngine(
+                model, eos_token_id=99 if eos is None else eos, pad_token_id=0, max_batch=256, **kw
+            )
+            for k, kw in (
+                ("plain", {}),
+                ("routes", {"routes": True}),
+                ("fp8", {"fp8": "fp8_per_channel", "routes": True}),
+            )
+        }
         s = Sampling(n=8, max_new_tokens=limit, seed=1)
-        sides = {k: (lambda e=e, s=s: int(e.generate(prompts, s).response_length.sum())) for k, e in ours.items()}
-        sides["generate"] = lambda model=model, limit=limit: hf_generate(model, prompts, 8, limit, 256)
+        sides = {
+            k: (lambda e=e, s=s: int(e.generate(prompts, s).response_length.sum()))
+            for k, e in ours.items()
+        }
+        sides["generate"] = lambda model=model, limit=limit: hf_generate(
+            model, prompts, 8, limit, 256
+        )
         seconds, tokens = alternate(sides, rounds)
         rate = {k: tokens[k] / seconds[k] for k in sides}
         goal = 1.5 if eos is None else 3.0
-        rows += [(f"generate of transformers, {name}", rate["generate"], "tokens/s", ""),
-                 (f"TorchEngine, {name}", rate["plain"], "tokens/s", ""),
-                 (f"TorchEngine / generate, {name}", rate["plain"] / rate["generate"], "x", f">= {goal}"),
-                 (f"with routes recorded, {name}", rate["routes"], "tokens/s", ""),
-                 (f"FP8 emulation with routes, time against plain sampling, {name}", rate["plain"] / rate["fp8"], "x", "<= 1.5")]
+        rows += [
+            (f"generate of transformers, {name}", rate["generate"], "tokens/s", ""),
+            (f"TorchEngine, {name}", rate["plain"], "tokens/s", ""),
+            (
+                f"TorchEngine / generate, {name}",
+                rate["plain"] / rate["generate"],
+                "x",
+                f">= {goal}",
+            ),
+            (f"with routes recorded, {name}", rate["routes"], "tokens/s", ""),
+            (
+                f"FP8 emulation with routes, time against plain sampling, {name}",
+                rate["plain"] / rate["fp8"],
+                "x",
+                "<= 1.5",
+            ),
+        ]
     return rows
 
 
@@ -99,19 +154,35 @@ def train_run(folder, **changes):
 def demo(folder, **changes):
     from minirl_nb import train
 
-    base = {"model.path": str(ROOT / "data" / "coldstart"), "output.folder": str(folder), "output.progress": False, "evaluation.samples": 1,
-            "threads": THREADS, "output.samples_every": 0}
+    base = {
+        "model.path": str(ROOT / "data" / "coldstart"),
+        "output.folder": str(folder),
+        "output.progress": False,
+        "evaluation.samples": 1,
+        "threads": THREADS,
+        "output.samples_every": 0,
+    }
     return train.load_config("demo", base | changes)
 
 
 def step(rounds):
     "Seconds a gradient step by phase: the demo's recipe (256 responses a step, N = 4, R3, FP8), best of its rollout steps."
-    with tempfile.TemporaryDirectory() as d: result = train_run(Path(d) / "run", steps=4 * (2 + rounds))
+    with tempfile.TemporaryDirectory() as d:
+        result = train_run(Path(d) / "run", steps=4 * (2 + rounds))
     rows = [r for r in result.steps() if r["mini_batch"] == 0][2:]
     names = ("generate", "verify", "recompute", "update", "monitor", "transfer", "parity")
-    out = [(f"gradient step, {n}", min(r[f"seconds/{n}"] for r in rows) / 4, "s", "") for n in names]
-    return out + [("gradient step, all", min(r["seconds/step"] for r in rows), "s", ""),
-                  ("response tokens a gradient step", sum(r["response_length"] for r in rows) / len(rows) * 256, "", "")]
+    out = [
+        (f"gradient step, {n}", min(r[f"seconds/{n}"] for r in rows) / 4, "s", "") for n in names
+    ]
+    return out + [
+        ("gradient step, all", min(r["seconds/step"] for r in rows), "s", ""),
+        (
+            "response tokens a gradient step",
+            sum(r["response_length"] for r in rows) / len(rows) * 256,
+            "",
+            "",
+        ),
+    ]
 
 
 def replay(rounds):
@@ -121,16 +192,27 @@ def replay(rounds):
     with tempfile.TemporaryDirectory() as d:
         runs, steps = {}, {}
         for mode in ("none", "R3"):
-            runs[mode] = train.Run(demo(f"{d}/{mode}", **{"objective.replay": mode, "output.monitor": 0}))
+            runs[mode] = train.Run(
+                demo(f"{d}/{mode}", **{"objective.replay": mode, "output.monitor": 0})
+            )
             steps[mode] = runs[mode].sample()
+
         def work(mode):
             s = steps[mode]
             routes, valid = s.mu_routes, s.mu_valid
             s.rollout.routes, s.rollout.routes_valid = routes, valid
             runs[mode].recompute(s)
             runs[mode].update(s, 0)
+
         seconds, _ = alternate({m: (lambda m=m: work(m)) for m in runs}, 3 * rounds)
-    return [("R3, time added to recompute and update", 100 * (seconds["R3"] / seconds["none"] - 1), "%", "<= 3")]
+    return [
+        (
+            "R3, time added to recompute and update",
+            100 * (seconds["R3"] / seconds["none"] - 1),
+            "%",
+            "<= 3",
+        )
+    ]
 
 
 def padding(rounds):
@@ -141,8 +223,15 @@ def padding(rounds):
         run = train.Run(demo(f"{d}/run"))
         s = run.sample()
     parts = [rows for rows, _ in run.micro(s.rollout, torch.arange(len(s.rollout)))]
-    return [("padding in micro-batches", 100 * batch.padding_share(s.rollout.length, parts), "%", "<= 5"),
-            ("micro-batches of 1,024 responses", len(parts), "", "")]
+    return [
+        (
+            "padding in micro-batches",
+            100 * batch.padding_share(s.rollout.length, parts),
+            "%",
+            "<= 5",
+        ),
+        ("micro-batches of 1,024 responses", len(parts), "", ""),
+    ]
 
 
 TRL = r"""
@@ -177,52 +266,100 @@ print(json.dumps({"seconds": min(gaps), "length": sum(lengths) / len(lengths)}))
 def trl(rounds):
     "A full on-policy step (256 responses = 16 prompts x 16, limit 64) against TRL 1.16's GRPOTrainer: same model, prompts, lengths."
     python = ROOT / ".venv-trl" / "bin" / "python"
-    if not python.exists(): return [("TRL 1.16 GRPOTrainer", float("nan"), "no .venv-trl: run `make bench-trl`", "")]
+    if not python.exists():
+        return [("TRL 1.16 GRPOTrainer", float("nan"), "no .venv-trl: run `make bench-trl`", "")]
     from minirl_nb import tasks
 
     task = tasks.load("arithmetic")
     with tempfile.TemporaryDirectory() as d:
         # random weights whose end token comes about every 25 tokens
         model = bench_model()
-        with torch.no_grad(): model.lm_head.weight.mul_(0.1)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.1)
         model.save_pretrained(d)
         task.tokenizer.save_pretrained(d)
-        Path(d, "prompts.json").write_text(json.dumps([task.prompt(p) for p in task.problems[:512]]))
-        out = subprocess.run([str(python), "-c", TRL, d, str(THREADS), "64", str(2 + 2 * rounds)], capture_output=True, text=True,
-                             env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
-        if out.returncode: return [("TRL 1.16 GRPOTrainer", float("nan"), out.stderr.strip().splitlines()[-1][:80], "")]
+        Path(d, "prompts.json").write_text(
+            json.dumps([task.prompt(p) for p in task.problems[:512]])
+        )
+        out = subprocess.run(
+            [str(python), "-c", TRL, d, str(THREADS), "64", str(2 + 2 * rounds)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
+        )
+        if out.returncode:
+            return [
+                ("TRL 1.16 GRPOTrainer", float("nan"), out.stderr.strip().splitlines()[-1][:80], "")
+            ]
         theirs = json.loads(out.stdout.strip().splitlines()[-1])
         # odd lengths earn the reward on both sides: groups have signal, so no side can skip its update
-        tasks.Task.verify_many = lambda self, problems, texts: torch.tensor([float(len(t) % 2) for t in texts])
-        rows = train_run(Path(d) / "run", **{"model.path": d, "steps": 2 + 2 * rounds, "batch.updates": 1, "objective.replay": "none",
-                                             "rollout.fp8": "none", "rollout.max_new_tokens": 64, "output.monitor": 0, "rollout.probe": 0,
-                                             "output.checkpoint_every": 0, "optimizer.lr": 1e-12}).steps()
-    ours, length = min(r["seconds/step"] for r in rows), sum(r["response_length"] for r in rows) / len(rows)
-    return [(f"TRL 1.16 GRPOTrainer, full step, mean length {theirs['length']:.0f}", theirs["seconds"], "s", ""),
-            (f"this library, full step, mean length {length:.0f}", ours, "s", ""), ("ratio", theirs["seconds"] / ours, "x", ">= 3")]
+        tasks.Task.verify_many = lambda self, problems, texts: torch.tensor(
+            [float(len(t) % 2) for t in texts]
+        )
+        rows = train_run(
+            Path(d) / "run",
+            **{
+                "model.path": d,
+                "steps": 2 + 2 * rounds,
+                "batch.updates": 1,
+                "objective.replay": "none",
+                "rollout.fp8": "none",
+                "rollout.max_new_tokens": 64,
+                "output.monitor": 0,
+                "rollout.probe": 0,
+                "output.checkpoint_every": 0,
+                "optimizer.lr": 1e-12,
+            },
+        ).steps()
+    ours, length = (
+        min(r["seconds/step"] for r in rows),
+        sum(r["response_length"] for r in rows) / len(rows),
+    )
+    return [
+        (
+            f"TRL 1.16 GRPOTrainer, full step, mean length {theirs['length']:.0f}",
+            theirs["seconds"],
+            "s",
+            "",
+        ),
+        (f"this library, full step, mean length {length:.0f}", ours, "s", ""),
+        ("ratio", theirs["seconds"] / ours, "x", ">= 3"),
+    ]
 
 
 def policy(rounds):
     "Peak memory above the inputs of log-probabilities at V = 151,936, T = 4,096, H = 256: chunked against log_softmax."
     from tests.bench.bench_policy import memory
 
-    return [row for row in memory() if "live" in row[0] or "/" in row[0]]      # the others depend on what the process did before
+    return [
+        row for row in memory() if "live" in row[0] or "/" in row[0]
+    ]  # the others depend on what the process did before
 
 
 def verifier(rounds):
     "Ordinary answers a second through the math-verify pool, two workers (more cases: python tests/bench/bench_tasks.py)."
     sys.path.insert(0, str(ROOT / "tests"))
-    from test_tasks import ordinary
+    from test_verification import ordinary
 
     from minirl_nb.tasks import Pool
 
     pool = Pool(workers=2)
-    while not pool.workers or not all(w.ready for w in pool.workers): pool.check(ordinary(200, seed=99))
-    requests = {"different problems": ordinary(1000, seed=1),
-                "groups of 16": [r for i in range(63) for r in ordinary(1, seed=1000 + i) * 16]}
-    seconds, _ = alternate({k: (lambda r=r: pool.check(r)) for k, r in requests.items()}, min(rounds, 2), time.perf_counter)
+    while not pool.workers or not all(w.ready for w in pool.workers):
+        pool.check(ordinary(200, seed=99))
+    requests = {
+        "different problems": ordinary(1000, seed=1),
+        "groups of 16": [r for i in range(63) for r in ordinary(1, seed=1000 + i) * 16],
+    }
+    seconds, _ = alternate(
+        {k: (lambda r=r: pool.check(r)) for k, r in requests.items()},
+        min(rounds, 2),
+        time.perf_counter,
+    )
     pool.close()
-    return [(f"math-verify in a pool of 2 processes, {k}", len(r) / seconds[k], "answers/s", ">= 500") for k, r in requests.items()]
+    return [
+        (f"math-verify in a pool of 2 processes, {k}", len(r) / seconds[k], "answers/s", ">= 500")
+        for k, r in requests.items()
+    ]
 
 
 SECTIONS = {f.__name__: f for f in (engine, step, replay, padding, trl, policy, verifier)}
@@ -230,30 +367,46 @@ SECTIONS = {f.__name__: f for f in (engine, step, replay, padding, trl, policy, 
 
 def machine():
     name = platform.processor() or platform.machine()
-    try: name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration): pass
+    try:
+        name = next(
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        pass
     return f"{name}, {os.cpu_count()} cores, {THREADS} thread used, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="which; all without")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     from transformers.utils import logging
+
     logging.disable_progress_bar()
     from minirl_nb.train import tune_allocator
+
     tune_allocator()
     print(machine())
     kept = []
     for name in args.sections or SECTIONS:
         print(f"\n{name}: {SECTIONS[name].__doc__.splitlines()[0]}", flush=True)
         for label, value, unit, goal in SECTIONS[name](args.rounds):
-            print(f"  {label:80s} {value:>12,.{0 if value >= 1000 else 3}f} {unit:10s} {goal}", flush=True)
-            kept.append({"section": name, "label": label, "value": value, "unit": unit, "goal": goal})
-    if args.json: args.json.write_text(json.dumps({"machine": machine(), "rows": kept}, indent=1) + "\n")
+            print(
+                f"  {label:80s} {value:>12,.{0 if value >= 1000 else 3}f} {unit:10s} {goal}",
+                flush=True,
+            )
+            kept.append(
+                {"section": name, "label": label, "value": value, "unit": unit, "goal": goal}
+            )
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), "rows": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
