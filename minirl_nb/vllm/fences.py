@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-# %% ../../nbs/11g_vllm_fences.ipynb #2c360b72
+# %% ../../nbs/11g_vllm_fences.ipynb #daf1ffcf
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
     "These environment variables for a while."
@@ -41,10 +41,19 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+_LONGEST = 45  # of a path: a socket's has at most 107 characters, of which our names take 58
+
+
+def _shared_memory() -> str | None:
+    "The file system in memory; None where there is none."
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
 @cache
 def process_folder() -> Path:
     "A temporary folder for vLLM's own files; it goes when the process ends."
-    folder = tempfile.mkdtemp(prefix="minirl-vllm-")
+    parent = _shared_memory() if len(tempfile.gettempdir()) > _LONGEST else None
+    folder = tempfile.mkdtemp(prefix="minirl-vllm-", dir=parent)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
@@ -63,8 +72,7 @@ def own_temporary_files() -> Iterator[None]:
 
 def folder_in_memory() -> Path:
     "A new folder, in memory where there is a file system in memory."
-    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="minirl-engine-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix="minirl-engine-", dir=_shared_memory()))
 
 
 @contextlib.contextmanager
