@@ -1,0 +1,87 @@
+"""A step on fake tensors takes what the same step on real ones takes; layers repeat."""
+
+import pytest
+import torch
+from plan_models import CPU, DENSE, MIXTURE, THIN, TIED, case_of
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from minirl_nb import policy
+from minirl_nb.plan.cluster import Assumptions, Cluster
+from minirl_nb.plan.ledger import Ledger
+from minirl_nb.plan.step import MicroBatch, fake_processes, measure, run_pass, watch_step
+
+# Positions and tokens are made outside of the watched step on one side: a few kilobytes of 1 MB
+SMALL_TENSORS = 0.01
+PARTS = ("forward", "head", "backward", "step")
+SPREAD = {"model.compute": "bfloat16", "model.gradient_checkpointing": True}
+
+
+def real_peaks(hf_config, checkpointing, micro):
+    "The same step on real numbers."
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(hf_config).eval()
+    model.set_attn_implementation("sdpa")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    policy._checked.add(model)
+    ledger = Ledger(CPU, Assumptions())
+    watch_step(model, optimizer, ledger, micro)
+    return ledger.peak
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("hf_config", [MIXTURE, DENSE, TIED], ids=["mixture", "dense", "tied"])
+def test_fake_tensors_take_what_real_ones_take(hf_config, checkpointing):
+    case = case_of(hf_config, {"model.gradient_checkpointing": checkpointing})
+    micro = MicroBatch(8, 96, 8 * 95)
+    fake = run_pass(case, hf_config.num_hidden_layers, micro, accumulate=False)
+    real = real_peaks(hf_config, checkpointing, micro)
+    for part in PARTS:
+        assert fake.peak[part] == pytest.approx(real[part], rel=SMALL_TENSORS), part
+
+
+def test_shapes_that_dtensor_works_out_are_not_counted():
+    "On tensors of global size, once for each operation: a process's first pass must not see them."
+    unused = Qwen3MoeConfig(**THIN.to_dict() | {"hidden_size": 80})  # shapes of no other test
+    case = case_of(unused, SPREAD | {"parallel.expert": 4}, Cluster.of("h100", 8))
+    with fake_processes(8):
+        first, second = (run_pass(case, 3, MicroBatch(1, 64, 60)) for _ in range(2))
+    assert first.peak == second.peak
+    # one temporary of all parameters: foreach
+    assert first.peak["step"] < first.states + 1.2 * first.weights
+
+
+@pytest.mark.parametrize("expert", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_a_line_through_two_depths_gives_a_third(expert):
+    case = case_of(MIXTURE, SPREAD | {"parallel.expert": expert}, Cluster.of("h100", 8))
+    with fake_processes(8):
+        a, b, c = (run_pass(case, layers, MicroBatch(1, 512, 500)) for layers in (3, 5, 9))
+    line = a.along(b, 3.0)
+    # states are sums of shards; padding of odd shards is at most one row in thousands
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(line, name) == pytest.approx(getattr(c, name), rel=1e-6)
+    for name in ("peak", "flops", "moved"):
+        for key, size in getattr(c, name).items():
+            assert getattr(line, name)[key] == pytest.approx(size, rel=2e-3), (name, key)
+    for key, seconds in c.seconds.items():  # short kernels are bound by their launch
+        assert line.seconds[key] == pytest.approx(seconds, rel=0.02), key
+    assert c.optimizer == pytest.approx(2 * c.weights, rel=1e-3)
+    # sharded: only the padding of uneven shards is more
+    assert 1 <= c.weights / (case.model.parameters * 4 / 8) < 1.1
+
+
+def test_many_chunks_of_the_head_from_few(monkeypatch):
+    monkeypatch.setattr(policy, "CHUNK", 512 * 16)  # 16 rows a chunk
+    case, micro = case_of(DENSE), MicroBatch(4, 128, 400)
+    found, whole = measure(case, micro), run_pass(case, 4, micro)
+    for key, size in whole.peak.items():
+        assert found.peak[key] == pytest.approx(size, rel=0.01), key
+    for key, seconds in whole.seconds.items():
+        assert found.seconds[key] == pytest.approx(seconds, rel=0.02), key
