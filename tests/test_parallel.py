@@ -176,7 +176,10 @@ def assert_equal_runs(a, b, count=STEPS):
     assert a.keys() == b.keys()
     gap = {k: float((a[k] - b[k]).double().norm()) for k in a}
     size = {k: float(a[k].double().norm()) for k in a}
-    total = lambda d: sum(v**2 for v in d.values()) ** 0.5
+
+    def total(d):
+        return sum(v**2 for v in d.values()) ** 0.5
+
     assert total(gap) <= BOUND * total(size)
     for k in a:
         assert gap[k] <= 30 * BOUND * size[k], k

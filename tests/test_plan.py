@@ -72,11 +72,16 @@ def test_the_largest_micro_batch_is_the_largest(mixture, offload):
             "largest micro-batch"
         ]
     )
-    one_row = lambda n: small(
-        mixture,
-        **{"batch.tokens": n, "rollout.max_new_tokens": n - 200, "parallel.offload": offload},
-    )
-    at = lambda n: plan.plan(one_row(n), cluster, search=False).phase("update").total
+
+    def one_row(n):
+        return small(
+            mixture,
+            **{"batch.tokens": n, "rollout.max_new_tokens": n - 200, "parallel.offload": offload},
+        )
+
+    def at(n):
+        return plan.plan(one_row(n), cluster, search=False).phase("update").total
+
     assert most > 4096 and at(most) <= cluster.memory < at(int(1.05 * most))
 
 
@@ -116,9 +121,11 @@ def test_offload_moves_states_to_the_host(mixture):
 
 
 def test_larger_global_batches_and_shorter_responses_are_cheaper(mixture):
-    cost = lambda m=0.4, **k: plan.plan(
-        small(mixture, **k), Cluster.of("h100", 8), Assumptions(mean_length=m), search=False
-    ).numbers["gpu hours a gradient step"]
+    def cost(m=0.4, **k):
+        return plan.plan(
+            small(mixture, **k), Cluster.of("h100", 8), Assumptions(mean_length=m), search=False
+        ).numbers["gpu hours a gradient step"]
+
     assert cost(**{"batch.updates": 8}) < cost()
     assert cost(0.1) < cost(0.4)
 

@@ -292,9 +292,12 @@ def stubs(tmp_path):
             "PORT",
         ):
             del environment[name]
-    calls = lambda: (
-        [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    )
+
+    def calls():
+        return (
+            [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+        )
+
     return environment, calls, add
 
 

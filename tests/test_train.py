@@ -178,9 +178,11 @@ def test_objective_of_a_config():
 
 
 def test_auto_replay_follows_the_paper():
-    at = lambda n, mixture=True: replay_of(
-        load_config(None, {"objective.replay": "auto", "batch.updates": n}), mixture
-    )
+    def at(n, mixture=True):
+        return replay_of(
+            load_config(None, {"objective.replay": "auto", "batch.updates": n}), mixture
+        )
+
     assert [at(1), at(2), at(4), at(8)] == ["R2", "R2", "R3", "R3"] and at(
         8, mixture=False
     ) == "none"

@@ -180,7 +180,10 @@ def ordinary(n, seed=0):
 
 def test_rate_of_ordinary_answers(checker):
     checker.check(ordinary(64, seed=1))
-    cpu = lambda: sum(sum(c.cpu_times()[:2]) for w in checker.workers for c in children(w))
+
+    def cpu():
+        return sum(sum(c.cpu_times()[:2]) for w in checker.workers for c in children(w))
+
     requests, c0, t0 = ordinary(1000), cpu(), time.monotonic()
     verdicts = checker.check(requests)
     clock, processor = time.monotonic() - t0, cpu() - c0

@@ -31,11 +31,13 @@ def main():
     pool = Pool(workers=args.workers)
     while not all(w.ready for w in pool.workers) or not pool.workers:
         pool.check(ordinary(200, seed=99))
-    processor = lambda: sum(
-        sum(c.cpu_times()[:2])
-        for w in pool.workers
-        for c in psutil.Process(w.process.pid).children()
-    )
+
+    def processor():
+        return sum(
+            sum(c.cpu_times()[:2])
+            for w in pool.workers
+            for c in psutil.Process(w.process.pid).children()
+        )
 
     def rate(name, requests):
         c, t = processor(), time.perf_counter()
