@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assign_rows', 'exchange', 'copies', 'gradient_norm', 'Processes', 'device_of', 'layout', 'launched', 'Guard']
 
-# %% ../nbs/14d_parallel.ipynb #2f4b68c0
+# %% ../nbs/14d_parallel.ipynb #e8ea769e
 import contextlib
 import copy
 import heapq
@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +55,7 @@ def assign_rows(
             heapq.heappush(load, (least + sizes[b], r))
     return to
 
-# %% ../nbs/14d_parallel.ipynb #f2347924
+# %% ../nbs/14d_parallel.ipynb #a299fec5
 def exchange(
     rollout: Rollout,  # this rank's rows
     columns: dict[str, Tensor],  # more that belongs to them, [B] each
@@ -75,7 +75,10 @@ def exchange(
     lengths = _swap(
         rollout.length[order], rows.tolist(), arriving.tolist(), group
     )  # how many tokens of each arriving row
-    tokens = lambda length, counts: [int(x.sum()) for x in length.split(counts)]
+
+    def tokens(length: Tensor, counts: list[int]) -> list[int]:
+        return [int(x.sum()) for x in length.split(counts)]
+
     sent, received = (
         tokens(rollout.length[order], rows.tolist()),
         tokens(lengths, arriving.tolist()),
@@ -111,7 +114,7 @@ def _swap(values: Tensor, sent: list[int], received: list[int], group) -> Tensor
 def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
-# %% ../nbs/14d_parallel.ipynb #0ac79604
+# %% ../nbs/14d_parallel.ipynb #b86d5a73
 def copies(p: Tensor) -> int:
     "On how many ranks each element of a parameter is held."
     size = dist.get_world_size()
@@ -125,9 +128,13 @@ def copies(p: Tensor) -> int:
 
 
 def gradient_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
-    """Norm of the whole gradient, float64. Under expert parallelism parameters lie on two meshes, and no operation of torch takes both;
-    so each rank adds up the squares that it holds, each divided by the number of ranks that hold it too."""
-    local = lambda g: (g.to_local() if hasattr(g, "to_local") else g).double()
+    """Norm of the whole gradient, float64. Under expert parallelism parameters lie on two meshes,
+    and no operation of torch takes both; so each rank adds up the squares that it holds, each
+    divided by the number of ranks that hold it too."""
+
+    def local(g: Tensor) -> Tensor:
+        return (g.to_local() if hasattr(g, "to_local") else g).double()
+
     squares = [
         (local(p.grad).square().sum() / copies(p)).cpu()
         for p in model.parameters()

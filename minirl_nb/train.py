@@ -9,11 +9,10 @@ __all__ = ['sample', 'recompute', 'update', 'learning_rate', 'transfer', 'probe'
            'check_folder', 'checkpoints', 'config_yaml', 'launched', 'load_config', 'newest_checkpoint', 'objective_of',
            'parse_config', 'plot_run', 'pretrained', 'prompts_of', 'recipes', 'replay_of', 'seed_of', 'tune_allocator']
 
-# %% ../nbs/15_train.ipynb #95d3c65b
+# %% ../nbs/15_train.ipynb #6c6691e7
 import contextlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
