@@ -67,22 +67,15 @@ def test_all_phases_add_up_and_say_so(mixture):
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_largest_micro_batch_is_the_largest(mixture, offload):
     cluster = replace(Cluster.of("h100", 8), memory=6 * GiB)
-    most = int(
-        plan.plan(small(mixture, **{"parallel.offload": offload}), cluster).numbers[
-            "largest micro-batch"
-        ]
-    )
+    found = plan.plan(small(mixture, **{"parallel.offload": offload}), cluster)
+    most = int(found.numbers["largest micro-batch"])
 
-    def one_row(n):
-        return small(
-            mixture,
-            **{"batch.tokens": n, "rollout.max_new_tokens": n - 200, "parallel.offload": offload},
-        )
+    def needed(width):
+        row = {"batch.tokens": width, "rollout.max_new_tokens": width - 200}
+        config = small(mixture, **row, **{"parallel.offload": offload})
+        return plan.plan(config, cluster, search=False).phase("update").total
 
-    def at(n):
-        return plan.plan(one_row(n), cluster, search=False).phase("update").total
-
-    assert most > 4096 and at(most) <= cluster.memory < at(int(1.05 * most))
+    assert most > 4096 and needed(most) <= cluster.memory < needed(int(1.05 * most))
 
 
 def test_what_does_not_fit_is_said_with_the_knob_that_helps(mixture):
@@ -121,10 +114,10 @@ def test_offload_moves_states_to_the_host(mixture):
 
 
 def test_larger_global_batches_and_shorter_responses_are_cheaper(mixture):
-    def cost(m=0.4, **k):
-        return plan.plan(
-            small(mixture, **k), Cluster.of("h100", 8), Assumptions(mean_length=m), search=False
-        ).numbers["gpu hours a gradient step"]
+    def cost(mean=0.4, **changes):
+        assume, config = Assumptions(mean_length=mean), small(mixture, **changes)
+        found = plan.plan(config, Cluster.of("h100", 8), assume, search=False)
+        return found.numbers["gpu hours a gradient step"]
 
     assert cost(**{"batch.updates": 8}) < cost()
     assert cost(0.1) < cost(0.4)
