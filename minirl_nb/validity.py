@@ -15,15 +15,16 @@ the gradient.
 # %% auto #0
 __all__ = ['VALIDITY_LIMIT', 'validity']
 
-# %% ../nbs/02b_validity.ipynb #69cefaef
+# %% ../nbs/02b_validity.ipynb #3d14a315
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .weights import log_ratio
 
-# %% ../nbs/02b_validity.ipynb #a8a78cc0
+# %% ../nbs/02b_validity.ipynb #c81775e8
 VALIDITY_LIMIT = 0.5  # the gradient's error is about as long as the gradient itself there
 _HORIZON = 8 * 0.4769362762044699**2  # s^2 at which erf(s / sqrt 8) = 1/2
 
@@ -36,6 +37,7 @@ def validity(
     logp_mu: Tensor,  # [B, T] rollout engine, which sampled the tokens
     response_mask: Tensor,  # [B, T] true on response tokens
     weight: Tensor | None = None,  # [B] how often each row counts, such as mu(y); None: once each
+    window: int | None = None,  # neglected factors of so many tokens around each one; None: of all
 ) -> dict[str, float]:
     """How far the token-level surrogate (Eqs. 3, 4, 7) is from the sequence-level objective (Eqs.
     1, 2).
@@ -53,10 +55,16 @@ def validity(
     validity/horizon: tokens after which `breakdown` would reach `VALIDITY_LIMIT` at this batch's
         ratios, at most 1e9.
 
+    With a `window` of W tokens, c_t is the product over the W/2 tokens on either side of t: what
+    is neglected if a token's credit lies within that distance. It does not saturate with the
+    length of the responses.
+
     Clipping and truncation are not part of the approximation and not seen here. Time and memory
     are O(BT), in float64, two million tokens (0.3 GB) at a time. ValueError if the shapes differ;
     NaN on a response token gives NaN.
     """
+    if window is not None and (window < 2 or window % 2):
+        raise ValueError(f"window = {window} must be an even number of tokens, or None for all")
     if weight is not None and weight.shape != response_mask.shape[:1]:
         raise ValueError(f"weight {tuple(weight.shape)} must have shape [{response_mask.shape[0]}]")
     batch = dict(logp=logp, logp_old=logp_old, logp_mu=logp_mu, response_mask=response_mask)
@@ -71,7 +79,8 @@ def validity(
     moments = torch.zeros(4, dtype=torch.float64)
     for i in range(0, B, rows):
         part = {name: x[i : i + rows] for name, x in batch.items()}
-        log_missing, log_total, sums = _part(**part, weight=weight[i : i + rows].double())
+        of_rows = weight[i : i + rows].double()
+        log_missing, log_total, sums = _part(**part, weight=of_rows, window=window)
         missing, total = torch.logaddexp(missing, log_missing), torch.logaddexp(total, log_total)
         moments += sums
     n, square, cross, square_per_token = moments.tolist()
@@ -85,9 +94,15 @@ def validity(
         "validity/horizon": min(horizon, 1e9),
     }
 
-# %% ../nbs/02b_validity.ipynb #ab2506b8
+# %% ../nbs/02b_validity.ipynb #81b94697
 def _part(
-    *, logp: Tensor, logp_old: Tensor, logp_mu: Tensor, response_mask: Tensor, weight: Tensor
+    *,
+    logp: Tensor,
+    logp_old: Tensor,
+    logp_mu: Tensor,
+    response_mask: Tensor,
+    weight: Tensor,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What some rows add to the sums of `validity`.
 
@@ -101,8 +116,13 @@ def _part(
         return log_r.clamp(-1e4, 1e4)  # exp(-1e4) = 0 already, and infinities would cancel to NaN
 
     def others(log_r):
-        "log of the product over s != t"
-        return torch.where(mask, log_r.sum(-1, keepdim=True) - log_r, 0.0)
+        "Log of the product over s != t, or over the window around t."
+        total = log_r.sum(-1, keepdim=True)
+        if window is not None:
+            before = F.pad(log_r.cumsum(-1), (window // 2 + 1, window // 2))
+            before[:, before.shape[1] - window // 2 :] = total
+            total = before[:, window + 1 :] - before[:, : log_r.shape[1]]
+        return torch.where(mask, total - log_r, 0.0)
 
     staleness, discrepancy = bounded(logp, logp_old), bounded(logp_old, logp_mu)
     log_rho = discrepancy + staleness

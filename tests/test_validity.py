@@ -273,3 +273,30 @@ def test_faults_are_named_and_nan_is_not_hidden():
     bad = -torch.rand(2, 3)
     bad[0, 1] = math.nan
     assert math.isnan(meter(bad, x - 1, x - 1, torch.ones(2, 3))["validity/breakdown"])
+
+
+@quick
+@given(batches(), st.sampled_from([2, 4, 6]))
+def test_a_window_neglects_the_factors_around_a_token_only(batch, window):
+    logp, logp_old, logp_mu, mask = batch
+    out = validity(logp=logp, logp_old=logp_old, logp_mu=logp_mu, response_mask=mask, window=window)
+    num = den = 0.0
+    log_rho = torch.where(mask, logp - logp_mu, 0.0).tolist()
+    for b, t in mask.nonzero().tolist():
+        near = range(max(0, t - window // 2), min(mask.shape[1], t + window // 2 + 1))
+        c = sum(log_rho[b][s] for s in near if s != t)
+        weight = math.exp(log_rho[b][t]) * (1 - math.exp(float(logp[b, t])))
+        num, den = num + weight * (1 - math.exp(min(c, 0))), den + weight
+    assert out["validity/breakdown"] == pytest.approx(num / den if den else 0.0, **CLOSE)
+
+
+def test_a_window_as_wide_as_the_responses_changes_nothing():
+    g = torch.Generator().manual_seed(0)
+    logp, noise = -torch.rand(5, 9, generator=g), 0.3 * torch.randn(5, 9, generator=g)
+    batch = dict(logp=logp, logp_old=logp, logp_mu=logp + noise, response_mask=torch.ones(5, 9))
+    assert validity(**batch, window=18) == {
+        k: pytest.approx(v, **CLOSE) for k, v in validity(**batch).items()
+    }
+    for wrong in (0, 1, 3, -2):
+        with pytest.raises(ValueError, match="even number"):
+            validity(**batch, window=wrong)
