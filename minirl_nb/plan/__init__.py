@@ -225,7 +225,7 @@ def _numbers(case: Case, phases: list[Phase], evaluation_hours: float) -> dict[s
         "route bytes a token": float(case.model.route_bytes),
     }
 
-# %% ../../nbs/16g_plan.ipynb #0c1f0ef7
+# %% ../../nbs/16g_plan.ipynb #ad591eae
 def plan(
     config: RunConfig,
     cluster: Cluster | None = None,  # None: this machine
@@ -264,7 +264,5 @@ def plan(
     if search:
         longest = min(largest, capacity) - case.assume.prompt_tokens
         numbers["longest response"] = max(longest, 0.0)
-    found = Plan(
-        config, case.cluster, case.assume, case.model, phases, host, served, numbers, []
-    )
+    found = Plan(config, case.cluster, case.assume, case.model, phases, host, served, numbers, [])
     return replace(found, warnings=warnings_of(found))
