@@ -5,12 +5,15 @@ mean square, so that an entry whose gradient is itself a rounding moves by up to
 losses and gradient norms agree to 1e-5 of their size and the weights, as one vector, to 1e-5 of their norm; measured: 1.3e-6, 5e-6 and
 4e-6. A single tensor with small gradients may be off by ten times more (measured 5e-5), and is held to 3e-4."""
 
+import atexit
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,6 +41,11 @@ ENVIRONMENT = {
 }
 
 
+# torchrun leaves a folder of logs in the temporary folder; conftest.py takes this one away
+LOGS = tempfile.mkdtemp(prefix="pytest-of-torchrun-")
+atexit.register(shutil.rmtree, LOGS, ignore_errors=True)
+
+
 def start(processes, *command):
     "A command under torchrun, or alone for one process."
     runner = (
@@ -60,7 +68,7 @@ def start(processes, *command):
     return subprocess.Popen(
         [*runner, *map(str, command)],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"TMPDIR": LOGS},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -52,6 +52,7 @@ def results(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": str(HERE.parent),
+        "TMPDIR": str(folder),  # torchrun leaves its logs there
     }
     out = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert out.returncode == 0, out.stderr[-4000:]
