@@ -20,7 +20,7 @@ ARGS ?=
 PAGES ?=
 # workers of one thread each; they take whole files of tests, the longest first (tests/conftest.py)
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 # tests under a minute: formulas, data types, problems, the tools
 QUICK := $(wildcard $(addprefix tests/test_,$(addsuffix .py,exact weights clipping batch outputs repository)))
 

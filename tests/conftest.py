@@ -70,8 +70,6 @@ def pytest_collection_modifyitems(items):
         name = item.path.name
         if name in NUMERICS:
             item.add_marker(pytest.mark.numerics)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(name))
     if "PYTEST_XDIST_WORKER" in os.environ:  # stable: the order within a file stays
         items.sort(key=lambda item: -known.get(item.path.name, UNKNOWN))
 
