@@ -553,7 +553,8 @@ class TestApart:
             apart.generate(PROMPTS * 300, Sampling(n=4, max_new_tokens=50))
         assert time.monotonic() - started < 60
         timer.join()
-        with pytest.raises(EngineError, match="make a new one"):
+        # where the server died before the first request of the call, the engine asks it once more
+        with pytest.raises(EngineError, match=f"make a new one|{victim} does not answer"):
             apart.generate(PROMPTS, SAMPLING)
         assert (
             len(served(servers.plain[:1], whole[1]).generate(PROMPTS, SAMPLING)) == len(PROMPTS) * N
