@@ -553,8 +553,7 @@ class TestApart:
             apart.generate(PROMPTS * 300, Sampling(n=4, max_new_tokens=50))
         assert time.monotonic() - started < 60
         timer.join()
-        # where the server died before the first request of the call, the engine asks it once more
-        with pytest.raises(EngineError, match=f"make a new one|{victim} does not answer"):
+        with pytest.raises(EngineError, match="make a new one"):
             apart.generate(PROMPTS, SAMPLING)
         assert (
             len(served(servers.plain[:1], whole[1]).generate(PROMPTS, SAMPLING)) == len(PROMPTS) * N

@@ -257,8 +257,9 @@ class ServedEngine(VLLMBase):
         else's."""
         if self._asleep:
             raise EngineError("the servers sleep: every rank must call wake() first")
-        for s in self.servers:
-            if any(w["tag"] != self._tag for w in s.call("minirl_holds")):
+        held = self._each(lambda s: s.call("minirl_holds"), self.servers, len(self.servers))
+        for s, workers in zip(self.servers, held):
+            if any(worker["tag"] != self._tag for worker in workers):
                 self._broken = (
                     f"the server at {s.address} does not hold this run's weights of version "
                     f"{self.version}: it "

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import torch
 
 from .. import fp8 as fp8_module
+from ..routing import expert_count
 from . import emulation
 from .fences import own_temporary_files
 from .requests import EngineError, engine_arguments
@@ -56,8 +57,7 @@ def _server_arguments(config, cpu: bool) -> dict[str, Any]:
     dtype = getattr(torch, config.model.dtype)
     if config.model.compute == "bfloat16":
         dtype = torch.bfloat16
-    counts = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = any(getattr(model, name, None) for name in counts)
+    experts = expert_count(model) > 0
     options = {k: v for k, v in rollout.options.items() if k not in _TRAINERS_SIDE}
     scheme = fp8_module.scheme(rollout.fp8)
     arguments = engine_arguments(model, dtype, scheme, experts, rollout.max_batch, cpu, **options)
