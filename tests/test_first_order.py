@@ -8,15 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from listed_policies import make, surrogate_gradient
 
 from minirl_nb.exact import (
-    AttentionPolicy,
-    TablePolicy,
     expectation,
     expected_reward,
-    expected_step,
     gradient,
-    list_responses,
     noisy,
     random_reward,
     token_scores,
@@ -27,20 +24,6 @@ from minirl_nb.objective import REINFORCE
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 # a few hundred float64 terms of order one, each rounded at 1e-16
 ROUNDING = 1e-12
-
-
-def make(kind, V, T, end=0):
-    ys = list_responses(V, T, end)
-    return {
-        "tree": lambda: TablePolicy(ys),
-        "bigrams": lambda: TablePolicy(ys, 1),
-        "attention": lambda: AttentionPolicy(ys),
-    }[kind]()
-
-
-def surrogate_gradient(pi, theta, logp_old, logp_mu, R):
-    batch = dict(logp_old=logp_old, logp_mu=logp_mu, advantage=R)
-    return expected_step(REINFORCE.loss, pi, theta, **batch, response_mask=pi.listing.response_mask)
 
 
 problems = st.tuples(

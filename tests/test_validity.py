@@ -6,21 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from listed_policies import make, surrogate_gradient
 
 from minirl_nb.exact import (
-    AttentionPolicy,
-    TablePolicy,
     expected_reward,
-    expected_step,
     gradient,
-    list_responses,
     noisy,
     random_reward,
     relative_error,
     sample,
     sequence_logp,
 )
-from minirl_nb.objective import REINFORCE
 from minirl_nb.validity import VALIDITY_LIMIT, validity
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
@@ -40,20 +36,6 @@ def meter(logp, logp_old, logp_mu, mask, weight=None):
     return validity(
         logp=logp, logp_old=logp_old, logp_mu=logp_mu, response_mask=mask, weight=weight
     )
-
-
-def make(kind, V, T, end=0):
-    ys = list_responses(V, T, end)
-    return {
-        "tree": lambda: TablePolicy(ys),
-        "bigrams": lambda: TablePolicy(ys, 1),
-        "attention": lambda: AttentionPolicy(ys),
-    }[kind]()
-
-
-def surrogate_gradient(pi, theta, logp_old, logp_mu, R):
-    batch = dict(logp_old=logp_old, logp_mu=logp_mu, advantage=R)
-    return expected_step(REINFORCE.loss, pi, theta, **batch, response_mask=pi.listing.response_mask)
 
 
 @st.composite
