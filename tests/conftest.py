@@ -158,6 +158,21 @@ def no_progress_bars():
     logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def process_as_found():
+    """A file of tests leaves its process as the next one expects it: no process group, no thread
+    setting of its own, and nothing that the processes of later tests would inherit."""
+    inherited = ("LD_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TMPDIR", "TORCHINDUCTOR_CACHE")
+
+    def state():
+        variables = {k: v for k, v in os.environ.items() if k.startswith(inherited)}
+        return variables, torch.get_num_threads(), torch.distributed.is_initialized()
+
+    before = state()
+    yield
+    assert state() == before
+
+
 def tiny_qwen3_moe(seed=0, **changes):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
