@@ -87,7 +87,7 @@ class Variables:
                 _set_variable(name, value)
         self._before.clear()
 
-# %% ../../nbs/11g_vllm_fences.ipynb #a6204c99
+# %% ../../nbs/11g_vllm_fences.ipynb #0f5bd64a
 _LONGEST = 45  # of a path: a socket's has at most 107 characters, of which our names take 58
 
 
@@ -100,7 +100,7 @@ def _shared_memory() -> str | None:
 def process_folder() -> Path:
     "A temporary folder for vLLM's own files; it goes when the process ends."
     parent = _shared_memory() if len(tempfile.gettempdir()) > _LONGEST else None
-    folder = tempfile.mkdtemp(prefix="minirl-vllm-", dir=parent)
+    folder = tempfile.mkdtemp(prefix=f"minirl-vllm-{os.getpid()}-", dir=parent)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
@@ -118,8 +118,10 @@ def own_temporary_files() -> Iterator[None]:
 
 
 def folder_in_memory() -> Path:
-    "A new folder, in memory where there is a file system in memory."
-    return Path(tempfile.mkdtemp(prefix="minirl-engine-", dir=_shared_memory()))
+    """A new folder, in memory where there is a file system in memory. Its name says whose it is:
+    `minirl-engine-<process>-...`."""
+    prefix = f"minirl-engine-{os.getpid()}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=_shared_memory()))
 
 
 @contextlib.contextmanager
