@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_batches import PROPERTY, batches, make
+from textbook_masks import ctpo, dppo_kl, dppo_tv, gspo, minirl, opsm, trm_max, trm_mean
 
 from minirl_nb.clipping import Clip
 from minirl_nb.trust import (
@@ -24,110 +25,7 @@ from minirl_nb.weights import Geometric
 MEASURES = Measure.__args__
 
 
-# ------------------------------------------------------------ textbook forms
-# Written from the papers' formulas in plain Python, one token at a time; they share no line with
-# the package. A mask is a list of (response, token) that lose their gradient.
-def tokens_of(b, i):
-    return [t for t in range(b.logp.shape[1]) if b.response_mask[i, t]]
-
-
-def probabilities(b, i, t):
-    return tuple(math.exp(float(x[i, t])) for x in (b.logp, b.logp_old, b.logp_mu))
-
-
-def one_by_one(b, drops):
-    return {
-        (i, t)
-        for i in range(len(b.logp))
-        for t in tokens_of(b, i)
-        if drops(*probabilities(b, i, t), float(b.advantage[i]))
-    }
-
-
-def by_response(b, drops):
-    gone = set()
-    for i in range(len(b.logp)):
-        y = tokens_of(b, i)
-        if y and drops([probabilities(b, i, t) for t in y], float(b.advantage[i])):
-            gone |= {(i, t) for t in y}
-    return gone
-
-
-def minirl(b):
-    "2512.01374, Eq. 7."
-
-    def drops(pi, old, mu, a):
-        return a > 0 and pi / old > 1.27 or a < 0 and pi / old < 0.8
-
-    return one_by_one(b, drops)
-
-
-def gspo(b):
-    "2507.18071: the geometric mean of pi/old outside [1 - 3e-4, 1 + 4e-4]."
-
-    def drops(y, a):
-        s = math.prod(pi / old for pi, old, _ in y) ** (1 / len(y))
-        return a > 0 and s > 1 + 4e-4 or a < 0 and s < 1 - 3e-4
-
-    return by_response(b, drops)
-
-
-def dppo_tv(b):
-    "2602.04879, binary total variation around the rollout policy."
-
-    def drops(pi, old, mu, a):
-        return a > 0 and pi - mu > 0.15 or a < 0 and mu - pi > 0.15
-
-    return one_by_one(b, drops)
-
-
-def dppo_kl(b):
-    "2602.04879, binary KL divergence around the rollout policy."
-
-    def drops(pi, old, mu, a):
-        kl = mu * math.log(mu / pi)
-        if mu < 1:
-            kl += (1 - mu) * math.log((1 - mu) / (1 - pi)) if pi < 1 else math.inf
-        return kl > 0.05 and (a > 0 and pi > mu or a < 0 and pi < mu)
-
-    return one_by_one(b, drops)
-
-
-def trm_max(b):
-    "2512.23075, the largest (log rho)^2 / 2 of a response."
-    return by_response(b, lambda y, a: max(math.log(p / m) ** 2 / 2 for p, _, m in y) > 0.05)
-
-
-def trm_mean(b):
-    "2512.23075, the mean of rho - 1 - log rho."
-
-    def drops(y, a):
-        return sum(p / m - 1 - math.log(p / m) for p, _, m in y) / len(y) > 1e-3
-
-    return by_response(b, drops)
-
-
-def opsm(b):
-    "2512.02556: A < 0 and mean of log(mu/pi) above a bound."
-    return by_response(
-        b, lambda y, a: a < 0 and sum(math.log(m / p) for p, _, m in y) / len(y) > 0.1
-    )
-
-
-def ctpo(b):
-    "2605.07331: the log of the product of pi/old up to t, against bounds that grow with sqrt(t)."
-    gone = set()
-    for i in range(len(b.logp)):
-        product, a = 1.0, float(b.advantage[i])
-        for k, t in enumerate(tokens_of(b, i), start=1):
-            pi, old, _ = probabilities(b, i, t)
-            product *= pi / old
-            high, low = math.exp(0.05 * k**0.5), math.exp(-0.025 * k**0.5)
-            if a > 0 and product > high or a < 0 and product < low:
-                gone.add((i, t))
-    return gone
-
-
+# ------------------------------------------------------------ against the papers' formulas
 TEXTBOOK = {
     "minirl": (TrustRegion(), minirl),
     "gspo": (TrustRegion(3e-4, 4e-4, over="mean"), gspo),
@@ -140,20 +38,11 @@ TEXTBOOK = {
 }
 
 
-def proper(b):
-    "The same batch with log-probabilities of at most -1e-3, so that 1 - p is a number above zero."
-    from dataclasses import replace
-
-    names = ("logp", "logp_old", "logp_mu")
-    return replace(b, **{name: getattr(b, name).clamp(max=-1e-3) for name in names})
-
-
 @pytest.mark.parametrize("name", TEXTBOOK)
 @PROPERTY
 @given(b=batches)
 def test_the_settings_drop_what_their_papers_drop(name, b):
     region, textbook = TEXTBOOK[name]
-    b = proper(b)
     keep, high, low = region(**b.named())
     assert {tuple(x) for x in (~keep).nonzero().tolist()} == textbook(b)
     assert torch.equal(~keep, high | low) and not (~keep & ~b.response_mask).any()
@@ -163,7 +52,7 @@ def test_the_settings_drop_what_their_papers_drop(name, b):
 def test_every_setting_drops_some_and_keeps_some(name):
     "Or the comparison above would say nothing."
     region, shift = TEXTBOOK[name][0], 0.02 if name == "trm_mean" else 0.3
-    found = [region(**proper(make(s, shift=shift)).named()) for s in range(30)]
+    found = [region(**make(s, shift=shift).named()) for s in range(30)]
     masks = [make(s, shift=shift).response_mask for s in range(30)]
     share = sum(float((~k & m).sum()) for (k, *_), m in zip(found, masks)) / sum(
         float(m.sum()) for m in masks
@@ -179,10 +68,22 @@ def test_every_setting_drops_some_and_keeps_some(name):
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
 def test_minirls_clip_is_a_setting_to_the_bit(b, ratio, bounds, dtype):
+    """Eq. 7 as it was computed before there were other regions: the same float operations in the
+    same order.
+    """
     b = b.to(dtype)
-    region = TrustRegion(*bounds, over="token" if ratio == "token" else "mean")
-    for got, want in zip(region(**b.named()), Clip(*bounds, ratio)(**b.clip())):
+    wide = torch.promote_types(dtype, torch.float32)
+    mask, a = b.response_mask, b.advantage[:, None]
+    log_r = torch.where(mask, b.logp.to(wide) - b.logp_old.to(wide), 0.0)
+    if ratio == "sequence":
+        log_r = (log_r.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(
+            a * log_r
+        )
+    r, (low, high) = log_r.exp(), bounds
+    above, below = (a > 0) & (r > 1 + high) & mask, (a < 0) & (r < 1 - low) & mask
+    for got, want in zip(Clip(low, high, ratio)(**b.named()), (~(above | below), above, below)):
         assert torch.equal(got, want)
+    assert Clip() == TrustRegion()
 
 
 @PROPERTY
@@ -198,14 +99,13 @@ def test_the_geometric_truncation_rejects_the_same_responses(b):
 @PROPERTY
 @given(batches, st.sampled_from(MEASURES))
 def test_measures_are_signed_divergences(b, measure):
-    b = proper(b)
-    pair = dict(logp=b.logp, anchor=b.logp_mu, mask=b.response_mask)
-    d = displacement(measure, **pair)
-    up = torch.where(b.response_mask, b.logp - b.logp_mu, 0.0)
+    logp, logp_mu = (x.clamp(max=-1e-3) for x in (b.logp, b.logp_mu))  # probabilities below one
+    d = displacement(measure, logp=logp, anchor=logp_mu, mask=b.response_mask)
+    up = torch.where(b.response_mask, logp - logp_mu, 0.0)
     # a divergence of a tiny log ratio may round to zero, never to the other sign
     assert ((d == 0) | (d.sign() == up.sign())).all() and (d[~b.response_mask] == 0).all()
     if measure != "k3":  # whose two sides differ in size
-        back = displacement(measure, logp=b.logp_mu, anchor=b.logp, mask=b.response_mask)
+        back = displacement(measure, logp=logp_mu, anchor=logp, mask=b.response_mask)
         assert torch.equal(back.sign(), -d.sign())
 
 
