@@ -188,6 +188,15 @@ def docstring(source):
     return f'{opening}{text}{end}"""\n\n'
 
 
+class _BehindAll(textwrap.TextWrapper):
+    """Breaks a list of names that nbdev writes behind `__all__ = `: its first line has less room."""
+
+    def wrap(self, text):
+        front = "__all__ = "
+        first, *more = super().wrap(front + text)
+        return [first.removeprefix(front), *more]
+
+
 @contextmanager
 def _nbdev_docstrings():
     """nbdev, but a module's docstring is the whole claim and `__all__` keeps to our width."""
@@ -200,7 +209,7 @@ def _nbdev_docstrings():
         return docstring(first)
 
     maker._retr_mdoc = retrieved
-    maker.TextWrapper = lambda width, **options: textwrap.TextWrapper(width=WIDTH, **options)
+    maker.TextWrapper = lambda width, **options: _BehindAll(width=WIDTH, **options)
     try:
         yield
     finally:
