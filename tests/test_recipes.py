@@ -1,5 +1,5 @@
-"""Recipes and launch files: every recipe is a run that could start, the overrides that a recipe lists do what it says, and the launch
-files start what they say."""
+"""Recipes and launch files: every recipe is a run that could start, the overrides that a recipe
+lists do what it says, and the launch files start what they say."""
 
 import json
 import os
@@ -55,7 +55,8 @@ PROCESSES = {"qwen3_30b_a3b": 64, "qwen3_30b_a3b_node": 8, "olmoe_1b_7b": 8, "de
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
-    """The config of a recipe with its model's config.json in a local folder (no weights) and an empty run folder."""
+    """The config of a recipe with its model's config.json in a local folder (no weights) and an
+    empty run folder."""
     monkeypatch.chdir(ROOT)
 
     def make(name, overrides=()):
@@ -260,7 +261,8 @@ def test_every_environment_setting_is_explained():
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A PATH on which srun, scontrol and torchrun only note how they were called (as JSON lines)."""
+    """A PATH on which srun, scontrol and torchrun only note how they were called (as JSON lines).
+    """
     folder, notes = tmp_path / "bin", tmp_path / "calls.jsonl"
     folder.mkdir()
 
@@ -410,7 +412,8 @@ def test_slurm_asks_for_a_stop_before_its_time_is_up_and_queues_again(stubs, tmp
     add(
         "srun",
         "import pathlib, signal, time\nos.kill(os.getppid(), signal.SIGUSR1)\n"
-        "for _ in range(200):\n    if pathlib.Path('runs/first/stop').exists(): sys.exit(0)\n    time.sleep(0.05)\nsys.exit(3)",
+        "for _ in range(200):\n    if pathlib.Path('runs/first/stop').exists(): sys.exit(0)\n"
+        "    time.sleep(0.05)\nsys.exit(3)",
     )
     (tmp_path / "runs" / "first").mkdir(parents=True)
     launch(
