@@ -50,6 +50,7 @@ PAGE_ENVIRONMENT = {
     "MPLBACKEND": "agg",
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
     "TORCHINDUCTOR_CACHE_DIR": str(PROC / "inductor"),  # torch's default is the temporary folder
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # they lie there in any case
 }
 # Pages whose numbers cannot hang on a processor's kernels, and why; `run --numerics` skips them
 NO_NUMERICS = {
