@@ -21,7 +21,7 @@ __all__ = ['Weight', 'WEIGHTS', 'TRUNCATIONS', 'log_ratio', 'log_weight', 'log_f
 # %% ../nbs/02_weights.ipynb #0e651d85
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def log_ratio(
 
 # %% ../nbs/02_weights.ipynb #8d5565d2
 Weight = Literal["pi/mu", "pi/old", "old/mu", "none", "sequence", "geometric"]
-WEIGHTS = Weight.__args__
+WEIGHTS = get_args(Weight)
 
 
 def log_weight(
