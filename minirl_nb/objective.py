@@ -20,7 +20,7 @@ __all__ = ['Advantage', 'Normalizer', 'TruncationOf', 'MINIRL', 'MINIRL_LENGTH_N
 
 # %% ../nbs/04_objective.ipynb #33383ab0
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -130,9 +130,9 @@ class Objective:
     def __post_init__(self):
         choices = {
             "weight": WEIGHTS,
-            "advantage": Advantage.__args__,
-            "normalizer": Normalizer.__args__,
-            "truncation_of": TruncationOf.__args__,
+            "advantage": get_args(Advantage),
+            "normalizer": get_args(Normalizer),
+            "truncation_of": get_args(TruncationOf),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
