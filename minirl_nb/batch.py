@@ -23,6 +23,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -120,8 +121,8 @@ class Rollout:
         return replace(self, routes=Ragged.pack(self.routes, self.length))
 
 
-def _tensors(rollout: Rollout) -> dict[str, Tensor | Ragged]:
-    "The fields of a rollout that hold tensors, by name."
+def _tensors(rollout: Rollout) -> dict[str, Any]:
+    "The fields of a rollout that hold a tensor or a `Ragged`, by name."
     values = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
     return {name: x for name, x in values.items() if isinstance(x, Tensor | Ragged)}
 
