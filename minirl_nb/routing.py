@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,8 @@ def _asks_max(input, dim=None, keepdim=False):
     return input, 1, dim if keepdim else None
 
 
-_CALLS = {  # functions that ask, their arguments, the type of the answer
+# functions that ask, their arguments, the type of the answer
+_CALLS: dict[str, tuple[tuple, Callable[..., Any], type]] = {
     "topk": ((torch.topk, Tensor.topk), _asks_topk, torch.return_types.topk),
     "max": ((torch.max, Tensor.max), _asks_max, torch.return_types.max),
 }
@@ -403,8 +404,8 @@ def resolve(
 
     ValueError: an unknown mode.
     """
-    if mode not in Replay.__args__:
-        raise ValueError(f"replay mode {mode!r} must be one of {', '.join(Replay.__args__)}")
+    if mode not in get_args(Replay):
+        raise ValueError(f"replay mode {mode!r} must be one of {', '.join(get_args(Replay))}")
     if mode != "auto":
         return mode
     return "R2" if updates <= 2 else "R3"
