@@ -18,6 +18,7 @@ __all__ = ['TAIL', 'CHECKS', 'Problem', 'last_boxes', 'check_math', 'gym_dataset
 import functools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # %% ../nbs/09_answers.ipynb #03f3379e
@@ -136,7 +137,11 @@ def _check_gold(answer: str) -> bool:
     return _equal(gold, gold) and not _equal(gold, _parse(_OTHER_NUMBER))
 
 
-CHECKS = {"math": check_math, "gym": _check_gym, "gold": _check_gold}
+CHECKS: dict[str, Callable[..., bool]] = {
+    "math": check_math,
+    "gym": _check_gym,
+    "gold": _check_gold,
+}
 
 # %% ../nbs/09_answers.ipynb #c6b04bd1
 def two_stage_parsing() -> None:
