@@ -34,8 +34,8 @@ def data_path(path: str | Path) -> str:
     in_data = given.parts[:1] == ("data",) and len(given.parts) > 1 and ".." not in given.parts
     if given.exists() or not in_data:
         return str(path)
-    package = importlib.resources.files("minirl_nb")
-    for root in (package, Path(str(package)).parent):  # installed; in a checkout
+    package = Path(str(importlib.resources.files("minirl_nb")))
+    for root in (package, package.parent):  # installed; in a checkout
         place = root.joinpath(*given.parts)
         if place.exists():
             return str(place)
