@@ -212,7 +212,7 @@ class _Batch:
         lost = []
         for key, _ in self.selector.select(timeout=0.1):
             worker = key.data
-            data = os.read(key.fileobj.fileno(), 4096)
+            data = os.read(key.fd, 4096)
             known = [self._take(worker, byte) for byte in data]
             if not data or not all(known):
                 lost.append(worker)
