@@ -167,10 +167,10 @@ def verifiable(
     todo = [a for a in todo if a not in verdicts]
     if known is not None:
         Path(known).parent.mkdir(parents=True, exist_ok=True)
-        stored = "".join(
+        kept = "".join(
             json_line(answer=a, ok=ok) for a, ok in verdicts.items() if not plain.fullmatch(a)
         )
-        Path(known).write_text(json_line(**{"math-verify": version}) + stored, encoding="utf-8")
+        Path(known).write_text(json_line(**{"math-verify": version}) + kept, encoding="utf-8")
     for start in range(0, len(todo), chunk):
         part = todo[start : start + chunk]
         new = dict(zip(part, map(bool, pool().check([("gold", a) for a in part]))))
