@@ -56,7 +56,7 @@ class _Call:
         self.logp = torch.zeros(R + 1, self.limit, device=device)
         self.length = torch.zeros(R + 1, dtype=torch.long, device=device)
         self.finished = torch.zeros(R + 1, dtype=torch.bool, device=device)
-        self.routes = None
+        self.routes: Tensor | None = None
         first = self.sizes.repeat_interleave(sampling.n)
         self.first = torch.cat([first, torch.zeros(1, dtype=torch.long)]).to(device)
         self.streams = RequestStreams(sampling.seed, sampling.first, R, device)
