@@ -222,6 +222,7 @@ class WorkerMethods:
         if path is None:
             return answers
         save_file(answers, Path(path) / f"{self.rank:05d}.safetensors")
+        return None
 
     def minirl_guard(self, trainer: int, folders: list[str]) -> None:
         """End with the trainer (its process id), even if it is killed; vLLM's processes would live
