@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,7 +181,9 @@ class VLLMEngine(VLLMBase):
         progress: bool | str | None = None,
         **options: Any,
     ):
-        self.llm, self._folder, self._cpu = None, None, False
+        self.llm: Any = None
+        self._folder: Path | None = None
+        self._cpu = False
         self._asleep: set[str] = set()
         self._inside = self._guest = False
         _OPEN.add(self)
