@@ -16,40 +16,13 @@ import yaml
 
 from minirl_nb import benchmarks, parsing, selection, tasks, train
 from minirl_nb.objective import PRESETS
+from minirl_nb.plan.case import PUBLISHED
 from minirl_nb.weights import TIS
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 RECIPES = sorted(train.recipes())
 BIG = [n for n in RECIPES if not n.startswith(("demo", "cpu"))]
-# sizes of the published models, as their configs on the hub have them
-MODELS = {
-    "Qwen/Qwen3-30B-A3B": dict(
-        model_type="qwen3_moe",
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-    ),
-    "allenai/OLMoE-1B-7B-0125-Instruct": dict(
-        model_type="olmoe",
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_experts=64,
-        num_experts_per_tok=8,
-        intermediate_size=1024,
-        vocab_size=50304,
-        max_position_embeddings=4096,
-    ),
-}
 PROCESSES = {"qwen3_30b_a3b": 64, "qwen3_30b_a3b_node": 8, "olmoe_1b_7b": 8, "demo_parallel": 2}
 
 
@@ -61,10 +34,10 @@ def local(tmp_path, monkeypatch):
 
     def make(name, overrides=()):
         config = train.load_config(name, overrides)
-        if config.model.path in MODELS:
+        if config.model.path in PUBLISHED:
             folder = tmp_path / config.model.path.split("/")[1]
             folder.mkdir(exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(MODELS[config.model.path]))
+            (folder / "config.json").write_text(json.dumps(PUBLISHED[config.model.path]))
             config = replace(config, model=replace(config.model, path=str(folder)))
         return replace(config, output=replace(config.output, folder=str(tmp_path / "run")))
 
@@ -108,8 +81,8 @@ def test_what_a_recipe_trains_and_measures_on_is_known(name):
 def test_a_longest_response_fits(name):
     config = train.load_config(name)
     length = config.rollout.options.get("max_model_len")
-    positions = int(length) if length else MODELS[config.model.path]["max_position_embeddings"]
-    assert positions <= MODELS[config.model.path]["max_position_embeddings"]
+    positions = int(length) if length else PUBLISHED[config.model.path]["max_position_embeddings"]
+    assert positions <= PUBLISHED[config.model.path]["max_position_embeddings"]
     assert config.rollout.max_new_tokens + 1024 <= positions <= config.batch.tokens
     assert (
         config.model.compute == "bfloat16"
@@ -261,8 +234,7 @@ def test_every_environment_setting_is_explained():
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A PATH on which srun, scontrol and torchrun only note how they were called (as JSON lines).
-    """
+    """A PATH on which srun, scontrol and torchrun only note how they were called (as JSON lines)."""
     folder, notes = tmp_path / "bin", tmp_path / "calls.jsonl"
     folder.mkdir()
 
