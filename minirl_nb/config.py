@@ -82,7 +82,7 @@ class TaskConfig:
     benchmarks: dict[str, str] = field(default_factory=dict)
     """Held-out problems to evaluate on, name to file; empty takes the task's own."""
 
-# %% ../nbs/14_config.ipynb #950f0e87
+# %% ../nbs/14_config.ipynb #84e652c8
 @dataclass(frozen=True)
 class RolloutConfig:
     "The rollout engine and what it samples."
@@ -97,6 +97,9 @@ class RolloutConfig:
     """Sampling temperature; log-probabilities of training are at this temperature too."""
     max_new_tokens: int = 64
     """Longest response; a longer one is cut and counts as it stands."""
+    end_tokens: tuple[int, ...] = ()
+    """Numbers of the tokens that end a response, exactly these; empty: all that the model's
+    generation_config and the tokenizer name."""
     max_batch: int = 512
     """Most responses that the engine runs at once."""
     probe: int = 4

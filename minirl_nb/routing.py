@@ -11,9 +11,10 @@ mechanism.
 
 # %% auto #0
 __all__ = ['Replay', 'record', 'replay', 'resolve', 'ADAPTERS', 'EXPERT_COUNTS', 'Adapter', 'Router',
-           'expert_count', 'routers', 'Flips', 'check_routes', 'compare', 'routes_dtype']
+           'expert_count', 'routers', 'Flips', 'check', 'check_routes', 'compare', 'read_routes',
+           'routes_dtype']
 
-# %% ../nbs/07_routing.ipynb #07b5bf67
+# %% ../nbs/07_routing.ipynb #b58883cc
 import sys
 import weakref
 from collections.abc import Callable
@@ -35,10 +36,17 @@ from minirl_nb.routers import (
     expert_count,  # noqa: F401
     routers,
 )
-from .routes import Flips, check_routes, compare, routes_dtype  # noqa: F401
+from minirl_nb.routes import (  # noqa: F401
+    Flips,
+    check,
+    check_routes,
+    compare,
+    read_routes,
+    routes_dtype,
+)
 
 _all_ = ["ADAPTERS", "EXPERT_COUNTS", "Adapter", "Router", "expert_count", "routers"]
-_all_ += ["Flips", "check_routes", "compare", "routes_dtype"]
+_all_ += ["Flips", "check", "check_routes", "compare", "read_routes", "routes_dtype"]
 
 # %% ../nbs/07_routing.ipynb #1004ff1e
 @dataclass

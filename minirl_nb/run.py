@@ -113,7 +113,7 @@ _PADDING = Rollout(
     group=torch.zeros(1, dtype=torch.long),
 )
 
-# %% ../nbs/14g_run.ipynb #d7c6dfb0
+# %% ../nbs/14g_run.ipynb #28eea5cc
 def torch_engine(run: "Run", fp8: str, routes: bool) -> TorchEngine:
     "The model itself as a rollout engine, with emulated low precision."
     return TorchEngine(
@@ -121,8 +121,8 @@ def torch_engine(run: "Run", fp8: str, routes: bool) -> TorchEngine:
         fp8=fp8,
         routes=routes,
         max_batch=run.config.rollout.max_batch,
-        eos_token_id=run.tokenizer.eos_token_id,
-        pad_token_id=run.tokenizer.pad_token_id,
+        tokenizer=run.tokenizer,
+        eos_token_id=run.config.rollout.end_tokens,
     )
 
 
@@ -135,6 +135,7 @@ def make_engine(run: "Run") -> Engine:
         "fp8": rollout.fp8,
         "routes": bool(run.routers),
         "max_batch": rollout.max_batch,
+        "eos_token_id": rollout.end_tokens,
         "weights": run.world.weights(run.model),
         "dtype": torch.bfloat16 if model.compute == "bfloat16" else None,
     }
@@ -152,7 +153,7 @@ def make_engine(run: "Run") -> Engine:
     options |= {"sleep_level": 2, "tensor_parallel": rollout.tensor_parallel} | rollout.options
     return VLLMEngine(run.model, run.tokenizer, **options)
 
-# %% ../nbs/14g_run.ipynb #a7498b0a
+# %% ../nbs/14g_run.ipynb #f510a42d
 class Run:
     """The state of one training run, and what its phases share.
 
@@ -242,6 +243,11 @@ class Run:
             raise ValueError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model {size}: they do not "
                 "belong together"
+            )
+        beyond = [t for t in self.config.rollout.end_tokens if not 0 <= t < size]
+        if beyond:
+            raise ValueError(
+                f"rollout.end_tokens names {beyond[0]}, but the model has tokens 0 to {size - 1}"
             )
 
     # ------------------------------------------------------------------ the run folder

@@ -14,7 +14,7 @@ each with a share of the weights, and all k must be asked the same.
 # %% auto #0
 __all__ = ['check_options', 'check_world', 'VLLMEngine', 'leave_process_group', 'as_response']
 
-# %% ../../nbs/11h_vllm_engine.ipynb #ccde2818
+# %% ../../nbs/11h_vllm_engine.ipynb #8155b1f9
 import contextlib
 import gc
 import os
@@ -42,7 +42,7 @@ from minirl_nb.vllm.fences import (
     process_folder,
     quiet,
 )
-from .names import check_version
+from .names import check_version, routes_refused
 from minirl_nb.vllm.requests import (
     EMULATED,
     EngineError,
@@ -95,7 +95,7 @@ def _process_group_missing() -> ValueError:
         "group: call init_process_group before the engine is made"
     )
 
-# %% ../../nbs/11h_vllm_engine.ipynb #cda9b33f
+# %% ../../nbs/11h_vllm_engine.ipynb #b2207029
 _TORCHRUN = (
     "RANK",
     "WORLD_SIZE",
@@ -125,7 +125,9 @@ class VLLMEngine(VLLMBase):
 
     model: the trainer's; names and shapes are read, and its weights go over by `load`. It may be
         sharded.
-    tokenizer: gives end and padding token where they are not given themselves.
+    tokenizer: may name an end token that the model does not, and padding (`decoding.end_tokens`).
+    eos_token_id: exactly the tokens that end a response; None: all that the model and the tokenizer
+        name.
     fp8: a scheme of `fp8.SCHEMES`, or None: emulated inside vLLM on a CPU, vLLM's own kernels on a
         GPU.
     routes: return the experts of every token (needs a mixture-of-experts model).
@@ -198,6 +200,11 @@ class VLLMEngine(VLLMBase):
         self.tensor_parallel = options.pop("tensor_parallel_size", tensor_parallel)
         self.progress, self.sleep_level = option_value(progress), option_value(sleep_level)
         check_options(options, self.vllm_version)
+        from vllm.platforms import current_platform
+
+        self._cpu = current_platform.is_cpu()
+        if routes and (refused := routes_refused(self.vllm_version, options, self._cpu)):
+            raise EngineError(refused)
         self._find_place(bool(option_value(process)), options)
         try:
             self._start(options)
@@ -213,9 +220,6 @@ class VLLMEngine(VLLMBase):
     # ------------------------------------------------------------------------------------- starting
     def _find_place(self, process: bool, options: dict[str, Any]) -> None:
         "Decide where vLLM's model lives: in this process, or in others."
-        from vllm.platforms import current_platform
-
-        self._cpu = current_platform.is_cpu()
         # a process group may be the trainer's, or one that vLLM made for an earlier engine here
         ours = all(engine._guest for engine in _HERE)
         self._guest = torch.distributed.is_initialized() and ours
