@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .batch import Ragged, Rollout
 from .routers import routers
 
-# %% ../nbs/06d_routes.ipynb #4b6ccc45
+# %% ../nbs/06d_routes.ipynb #e19cb7c3
 def routes_dtype(experts: int) -> torch.dtype:
     "The narrowest type for the number of an expert: uint8 up to 256 experts, uint16 above."
     return torch.uint8 if experts <= 256 else torch.uint16
@@ -57,14 +57,17 @@ def check_routes(
         all_zero = (~rows.bool().any(0) | ~valid).all() & many
         refused.append((impossible & valid).any() | all_zero)
     refused = torch.stack(refused)
-    if not bool(refused.any()):  # the one moment to wait for the device
-        return
-    layer = int(refused.nonzero()[0])
+    if bool(refused.any()):  # the one moment to wait for the device
+        _refuse(routes, valid, names, experts, int(refused.nonzero()[0]), n if many else 0)
+
+# %% ../nbs/06d_routes.ipynb #a4869312
+def _refuse(routes, valid, names, experts, layer, many):
+    "The ValueError of `check_routes`; `layer` is the first that is wrong, `many` the valid rows."
     where = f"{names[layer]} (layer {layer})"
     rows = routes[:, :, layer].to(torch.int64)
     if many and not bool(rows[valid].any()):
         raise ValueError(
-            f"{where}: all {n} valid rows are zero: the engine has not recorded this layer"
+            f"{where}: all {many} valid rows are zero: the engine has not recorded this layer"
         )
     bad = torch.stack([_impossible(routes[:, :, i], E) & valid for i, E in enumerate(experts)])
     b, t = bad[layer].nonzero()[0].tolist()
@@ -92,8 +95,6 @@ def _extent(bad: Tensor) -> str:
     shown = ", ".join(f"[{b}, {t}]" for b, t in places[:4]) + (", ..." if len(places) > 4 else "")
     numbers = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
     return f"; {len(places)} such rows ({shown}), in layers {numbers}"
-
-
 
 # %% ../nbs/06d_routes.ipynb #60480a75
 def _check_form(routes, valid, names, experts, top_k):
@@ -150,7 +151,7 @@ def read_routes(
     has_route[: len(values)] = valid.cpu()
     return routes, has_route
 
-# %% ../nbs/06d_routes.ipynb #1c114e94
+# %% ../nbs/06d_routes.ipynb #97d4e623
 STALE_CHANGES, STALE_CHOICES = 16, 256
 
 
@@ -178,10 +179,16 @@ def check_recorded(rollout: Rollout, names: list[str], experts: list[int], top_k
         start = length.cumsum(0) - length
     else:
         start = torch.arange(len(length)) * valid.shape[1]
-    check_routes(routes, valid, names, experts, top_k)
+    try:
+        check_routes(routes, valid, names, experts, top_k)
+    except ValueError:
+        if isinstance(rollout.routes, Ragged):  # again, so that the message has [b, t]
+            padded = rollout.routes.padded(rollout.tokens.shape[1])
+            check_routes(padded, rollout.routes_valid, names, experts, top_k)
+        raise
     _check_stale(routes.flatten(0, 1), valid.flatten(), tokens.flatten(), start.tolist())
 
-
+# %% ../nbs/06d_routes.ipynb #bdee86ee
 def _check_stale(routes: Tensor, valid: Tensor, tokens: Tensor, start: list[int]) -> None:
     "ValueError for a row that repeats; `routes` [n, L, K], with responses from `start` on."
     same = valid.clone()  # [n]: has the row before it, of the same response

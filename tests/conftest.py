@@ -89,6 +89,7 @@ def _record():
 
 
 # ------------------------------------------------------------------------- nothing is left behind
+_older = frozenset()  # orphans in memory that were there before
 _own_folder = None  # the temporary folder of a run with workers, in the process that leads it
 _session = None
 
@@ -99,8 +100,9 @@ def _leads_workers(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    global _own_folder
+    global _own_folder, _older
     if _leads_workers(config):
+        _older = leftovers.orphans()
         # a short name: sockets lie in it, and their paths end at 107 characters
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None
         _own_folder = tempfile.mkdtemp(prefix="minirl-", dir=short)
@@ -120,7 +122,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if _own_folder is None:
         return
     own = [p for p in os.listdir(_own_folder) if p.startswith("pytest-of-")]
-    said = leftovers.tidy(_own_folder, but=own)
+    said = leftovers.tidy(_own_folder, but=own, older=_older)
     for name in own:
         shutil.rmtree(Path(_own_folder) / name, ignore_errors=True)
     if not said:
@@ -156,6 +158,21 @@ def no_progress_bars():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_as_found():
+    """A file of tests leaves its process as the next one expects it: no process group, no thread
+    setting of its own, and nothing that the processes of later tests would inherit."""
+    inherited = ("LD_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TMPDIR", "TORCHINDUCTOR_CACHE")
+
+    def state():
+        variables = {k: v for k, v in os.environ.items() if k.startswith(inherited)}
+        return variables, torch.get_num_threads(), torch.distributed.is_initialized()
+
+    before = state()
+    yield
+    assert state() == before
 
 
 def tiny_qwen3_moe(seed=0, **changes):

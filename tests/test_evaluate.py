@@ -294,14 +294,19 @@ def test_runs_and_evaluations_end_responses_by_one_rule(tmp_path, moe, monkeypat
         seen.append(engine.eos.tolist())
         return evaluate(engine, task, **options)
 
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the command line sets it, if nobody did
     monkeypatch.setattr("minirl_nb.evaluate.evaluate", kept)
     words = ["--samples", "4", "--max_new_tokens", "12"]
-    cli.main(["evaluate", str(tmp_path / "model"), "arithmetic", *words])
-    cli.main(["evaluate", str(tmp_path / "model"), "arithmetic", *words, "--end_tokens", "14"])
+    cli.main(["evaluate", str(tmp_path / "model"), *words])
+    cli.main(["evaluate", str(tmp_path / "model"), *words, "--end_tokens", "14"])
     shown = capsys.readouterr().out.splitlines()
 
     def engine_of(**changes):
-        known = {"model.path": str(tmp_path / "model"), "output.folder": str(tmp_path / "run")}
+        name = "-".join(map(str, changes.values()))
+        known = {
+            "model.path": str(tmp_path / "model"),
+            "output.folder": str(tmp_path / f"run{name}"),
+        }
         return run.Run(load_config(None, known | {"rollout.max_new_tokens": 24} | changes)).engine
 
     for changes, end, row in (({}, [14, 13, 15], 0), ({"rollout.end_tokens": [14]}, [14], 1)):

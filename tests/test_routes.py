@@ -99,7 +99,15 @@ def test_minus_one_does_not_wrap_to_an_expert():
     with pytest.raises(ValueError, match=r"routes\[2\] = \[-1\] in layer 1"):
         read_routes(given, 7, [256, 256])
     given[2] = -1
-    assert read_routes(given, 7, [256, 256])[1].tolist() == [True, True, False, True, True, True, False]
+    assert read_routes(given, 7, [256, 256])[1].tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert read_routes(drawn(3, experts=300), 4, [300] * L)[0].dtype == torch.uint16
 
 
@@ -132,7 +140,9 @@ def test_a_row_repeated_over_many_tokens_is_stale(packed, repeats):
     if repeats < 30:  # 28 changes of the token: 9 choices a row make 256 things after 29
         check(MODEL, form)
         return
-    with pytest.raises(ValueError, match=r"routes\[1, 10:77\] are one row 67 times in all 3 layers"):
+    with pytest.raises(
+        ValueError, match=r"routes\[1, 10:77\] are one row 67 times in all 3 layers"
+    ):
         check(MODEL, form)
 
 

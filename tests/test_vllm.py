@@ -26,6 +26,7 @@ needs_vllm = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm)"),
 ]
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = Sampling(max_new_tokens=16)
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4], [2]]
 # float32 log-probabilities up to 20 after three layers: some tens of roundings of 2e-6
@@ -77,7 +78,7 @@ def tiny(family="qwen3_moe", seed=0, **changes):
 _ENGINES = {}  # shared by this file and test_vllm_parallel: a start takes seconds
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engines():
     "(engine, model) by family and scheme, started when first asked for and kept."
     from minirl_nb.vllm.engine import VLLMEngine
@@ -178,11 +179,15 @@ def test_stale_routes_of_a_response_are_refused():
     def assemble(routes):
         tokens = [5 + i % 7 for i in range(146)]
         response = Response(tokens, [-1.0] * 146, "length", routes)
-        return as_rollout([[4, 5, 6, 7]], 1, [response], pad=0, vocab_size=16, version=0, places=places)
+        return as_rollout(
+            [[4, 5, 6, 7]], 1, [response], pad=0, vocab_size=16, version=0, places=places
+        )
 
     assert assemble(routes).routes_valid.sum() == 149
     routes[60:127] = routes[60]
-    with pytest.raises(ValueError, match=r"routes\[0, 60:127\] are one row 67 times in all 2 layers"):
+    with pytest.raises(
+        ValueError, match=r"routes\[0, 60:127\] are one row 67 times in all 2 layers"
+    ):
         assemble(routes)
 
 
@@ -564,6 +569,45 @@ class TestFaults:
 
         with pytest.raises(ValueError, match="does not start .*cache blocks"):
             VLLMEngine(tiny(), kv_cache_memory_bytes="4096")
+
+    def test_a_process_is_afterwards_as_it_was(self, tmp_path):
+        """Environment, threads and process group: after an engine that was closed, and after one
+        that vLLM began to start and gave up. Processes started meanwhile do not load its libraries.
+
+        In a process of its own: what an import changes is seen once.
+        """
+        script = tmp_path / "guest.py"
+        script.write_text("""
+import os, subprocess, sys
+import torch
+import conftest
+from minirl_nb import decoding, rollout
+from minirl_nb.vllm.engine import VLLMEngine
+
+def state():
+    return dict(os.environ), torch.get_num_threads(), torch.distributed.is_initialized()
+
+model = conftest.tiny_qwen3_moe()
+before = state()
+try:
+    VLLMEngine(model, kv_cache_memory_bytes="4096")
+except ValueError as e:
+    print("refused", "cache blocks" in str(e))
+print("failed start", state() == before)
+with VLLMEngine(model) as engine:
+    assert engine._inside and not engine._guest
+    child = "import os; print('LD_PRELOAD' in os.environ, 'LOCAL_WORLD_SIZE' in os.environ)"
+    print("child", subprocess.check_output([sys.executable, "-c", child], text=True).strip())
+print("closed", state() == before)
+""")
+        paths = [ROOT, ROOT / "tests", ROOT / "tools"]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+        for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE"):
+            env.pop(name, None)
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+        said = done.stdout.splitlines()
+        expected = ["refused True", "failed start True", "child False False", "closed True"]
+        assert said == expected, done.stdout + done.stderr[-2000:]
 
     def test_running_out_of_cache_blocks_loses_nothing(self, engines):
         full, small = engines()[0], engines(**SMALL_CACHE)[0]

@@ -14,7 +14,7 @@ each with a share of the weights, and all k must be asked the same.
 # %% auto #0
 __all__ = ['check_options', 'check_world', 'VLLMEngine', 'leave_process_group', 'as_response']
 
-# %% ../../nbs/11h_vllm_engine.ipynb #8155b1f9
+# %% ../../nbs/11h_vllm_engine.ipynb #78ba9b4c
 import contextlib
 import gc
 import os
@@ -35,7 +35,7 @@ from ..decoding import Sampling
 from . import emulation
 from .base import VLLMBase
 from minirl_nb.vllm.fences import (
-    environment,
+    Variables,
     folder_in_memory,
     own_temporary_files,
     own_threads,
@@ -95,7 +95,7 @@ def _process_group_missing() -> ValueError:
         "group: call init_process_group before the engine is made"
     )
 
-# %% ../../nbs/11h_vllm_engine.ipynb #b2207029
+# %% ../../nbs/11h_vllm_engine.ipynb #fd2ce622
 _TORCHRUN = (
     "RANK",
     "WORLD_SIZE",
@@ -104,8 +104,10 @@ _TORCHRUN = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-# engines whose model lives in this process
+# engines that are open, and those of them whose model lives in this process
+_OPEN: "weakref.WeakSet[VLLMEngine]" = weakref.WeakSet()
 _HERE: "weakref.WeakSet[VLLMEngine]" = weakref.WeakSet()
+_VARIABLES = Variables()
 
 
 def _sentence(error: BaseException, most: int = 300) -> str:
@@ -133,18 +135,14 @@ class VLLMEngine(VLLMBase):
     routes: return the experts of every token (needs a mixture-of-experts model).
     max_batch: most responses that run at once (vLLM's max_num_seqs).
     dtype: of vLLM's weights; None takes the model's parameters' (give the compute type where these
-        are a
-        float32 master copy).
+        are a float32 master copy).
     tensor_parallel: ranks (neighbours on one node) that share one engine; all of them call it with
-        the same
-        arguments. Without a process group vLLM starts that many processes of its own.
+        the same arguments. Without a process group vLLM starts that many processes of its own.
     weights: the first weights, as for `load`; None takes the model's own (of sharded ones the full
-        tensors,
-        gathered one at a time).
+        tensors, gathered one at a time).
     process: run the engine in a process of its own (only without a process group); weights go
-        through files
-        in shared memory. Its batches depend on when requests arrive: results repeat to rounding
-        only.
+        through files in shared memory. Its batches depend on when requests arrive: results repeat
+        to rounding only.
     verify: after each load, compare what every matrix makes of a random input with the trainer's.
     sleep_level: 1 keeps the weights in host memory during `sleep`; 2 drops them, which is less
         memory where a
@@ -155,11 +153,9 @@ class VLLMEngine(VLLMBase):
         text from a
         recipe or as a value.
 
-    ImportError without vLLM; EngineError for a version of vLLM that is not known; TypeError for
-    routes of a
-    dense model; ValueError for options that vLLM does not know or does not start with, and for
-    processes that
-    do not fit `tensor_parallel`.
+    ImportError without vLLM; EngineError for a version of vLLM that is not known, or cannot return
+    routes with these options; TypeError for routes of a dense model; ValueError for options that
+    vLLM does not know or does not start with, and for processes that do not fit `tensor_parallel`.
     """
 
     def __init__(
@@ -182,31 +178,24 @@ class VLLMEngine(VLLMBase):
     ):
         self.llm, self._folder, self._cpu = None, None, False
         self._asleep: set[str] = set()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        self.vllm_version = check_version()
-        super().__init__(
-            model,
-            tokenizer,
-            fp8,
-            routes,
-            max_batch,
-            eos_token_id,
-            pad_token_id,
-            dtype,
-            verify,
-        )
-        options = {name: option_value(value) for name, value in options.items()}
-        self.tensor_parallel = options.pop("tensor_parallel_size", tensor_parallel)
-        self.progress, self.sleep_level = option_value(progress), option_value(sleep_level)
-        check_options(options, self.vllm_version)
-        from vllm.platforms import current_platform
-
-        self._cpu = current_platform.is_cpu()
-        if routes and (refused := routes_refused(self.vllm_version, options, self._cpu)):
-            raise EngineError(refused)
-        self._find_place(bool(option_value(process)), options)
+        self._inside = self._guest = False
+        _OPEN.add(self)
         try:
+            with _VARIABLES.starting():
+                os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+                os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+                self.vllm_version = check_version()
+                from vllm.platforms import current_platform
+            special = (eos_token_id, pad_token_id)
+            super().__init__(model, tokenizer, fp8, routes, max_batch, *special, dtype, verify)
+            options = {name: option_value(value) for name, value in options.items()}
+            self.tensor_parallel = options.pop("tensor_parallel_size", tensor_parallel)
+            self.progress, self.sleep_level = option_value(progress), option_value(sleep_level)
+            check_options(options, self.vllm_version)
+            self._cpu = current_platform.is_cpu()
+            if routes and (refused := routes_refused(self.vllm_version, options, self._cpu)):
+                raise EngineError(refused)
+            self._find_place(bool(option_value(process)), options)
             self._start(options)
             if not self._inside:
                 folders = [str(process_folder()), str(self._folder)]
@@ -252,7 +241,7 @@ class VLLMEngine(VLLMBase):
             arguments["distributed_executor_backend"] = "external_launcher"
         try:
             with (
-                environment(self._environment()),
+                _VARIABLES.starting(self._environment()),
                 own_temporary_files(),
                 own_threads(),
                 self._vllm(),
@@ -275,8 +264,8 @@ class VLLMEngine(VLLMBase):
         saved.save_pretrained(self._folder)
 
     def _environment(self) -> dict[str, str]:
-        """Variables while vLLM starts. It writes into torchrun's (on a CPU): all of them are put
-        back."""
+        """Variables while vLLM starts. It writes into torchrun's (on a CPU): those that are there
+        are put back."""
         values = {name: os.environ[name] for name in _TORCHRUN if name in os.environ}
         values["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(self.process))
         if self._cpu:
@@ -433,6 +422,7 @@ class VLLMEngine(VLLMBase):
     def close(self) -> None:
         "Give everything back, processes included. Safe to call twice, and after a failure."
         llm, self.llm = self.llm, None
+        _OPEN.discard(self)
         _HERE.discard(self)
         if llm is not None:
             with contextlib.suppress(Exception), self._vllm():
@@ -442,6 +432,10 @@ class VLLMEngine(VLLMBase):
         if self._folder is not None:
             self._remove_folder()
         self._folder = None
+        if self._inside and not self._guest and not _HERE:
+            _destroy_process_group()
+        if not _OPEN:
+            _VARIABLES.restore()
 
     def _shut_down(self, core) -> None:
         """Engines of one process share vLLM's parallel groups, which a shutdown takes away from all
@@ -467,6 +461,16 @@ def leave_process_group(core) -> None:
     if groups._WORLD is not None:
         groups._WORLD.destroy()
     groups._WORLD = None
+
+
+def _destroy_process_group() -> None:
+    """End the process group that vLLM made for its engines in this process. A start that failed
+    leaves it behind, and the next engine would take it for the trainer's."""
+    if torch.distributed.is_initialized():
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        with contextlib.suppress(Exception):
+            cleanup_dist_env_and_memory()
 
 
 def _unlink_shared_memory(groups: Iterable[Any]) -> None:

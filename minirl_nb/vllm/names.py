@@ -99,7 +99,9 @@ _FLAG = "enable_return_routed_experts"
 LOADING_AND_ASKING_MATRICES = (
     needed("vllm.config", f"AuxOutputConfig.{_FLAG} or ModelConfig.{_FLAG}"),
     needed(
-        "vllm.config", "ModelConfig", "dtype quantization logprobs_mode max_model_len enable_sleep_mode"
+        "vllm.config",
+        "ModelConfig",
+        "dtype quantization logprobs_mode max_model_len enable_sleep_mode",
     ),
     needed("vllm.config", "ModelConfig.architectures"),
     needed(f"{_WORKER}.gpu_worker", "Worker.reload_weights", "args kwargs"),

@@ -219,9 +219,7 @@ class RouterPlaces:
         dtype = routes_dtype(max(self.experts))
         return torch.zeros(rows, tokens, len(self.layers), self.top_k, dtype=dtype)
 
-    def take(
-        self, request: int, routes: np.ndarray | None, tokens: int
-    ) -> tuple[Tensor, Tensor]:
+    def take(self, request: int, routes: np.ndarray | None, tokens: int) -> tuple[Tensor, Tensor]:
         """[tokens, L, K] of what vLLM gave for a request, and bool [tokens]: has it a route?
 
         EngineError where it has another shape; ValueError where `read_routes` refuses it."""
