@@ -208,7 +208,7 @@ class ObjectiveConfig:
     """Routing replay: R2 the experts of pi_old, R3 those of the rollout engine; auto: chosen from N
     (`routing.resolve`)."""
 
-# %% ../nbs/14_config.ipynb #a2585225
+# %% ../nbs/14_config.ipynb #8495e931
 @dataclass(frozen=True)
 class OptimizerConfig:
     "AdamW and its learning rate."
@@ -221,6 +221,9 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     warmup: int = 5
     """Gradient steps of linear warm-up."""
+    from_checkpoint: bool = False
+    """Where `model.path` is a checkpoint of another run: take AdamW's moments and their step counts
+    along with the weights. False: the moments start at zero."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: constant, or down to zero at the last step."""
     max_grad_norm: float = 10.0

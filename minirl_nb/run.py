@@ -153,7 +153,7 @@ def make_engine(run: "Run") -> Engine:
     options |= {"sleep_level": 2, "tensor_parallel": rollout.tensor_parallel} | rollout.options
     return VLLMEngine(run.model, run.tokenizer, **options)
 
-# %% ../nbs/14g_run.ipynb #f510a42d
+# %% ../nbs/14g_run.ipynb #cdcc90a5
 class Run:
     """The state of one training run, and what its phases share.
 
@@ -253,6 +253,8 @@ class Run:
     # ------------------------------------------------------------------ the run folder
     def _open_folder(self, checkpoint: Path | None) -> None:
         "Write what the run is, or go on from its newest checkpoint."
+        if not checkpoint:
+            self._start_from_elsewhere()
         if self.world.chief:
             changes = changes_of(self.config)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -267,6 +269,18 @@ class Run:
         if self.world.chief and changes:
             with open(self.folder / "changes.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": self.step, "changes": changes}) + "\n")
+
+    def _start_from_elsewhere(self) -> None:
+        "The optimiser's state of the checkpoint that the weights came from, where it is asked for."
+        if not self.config.optimizer.from_checkpoint:
+            return
+        source = Path(data_path(self.config.model.path))
+        if not (source / "optimizer.safetensors").is_file():
+            raise ValueError(
+                f"optimizer.from_checkpoint: {source} holds no optimizer.safetensors; model.path must "
+                "be a checkpoint (runs/NAME/checkpoints/step_...) that one process wrote"
+            )
+        self.world.restore(self.model, self.optimizer, source)
 
     def _load_state(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / "state.json").read_text())

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rollout import ends_rightly
 
-from minirl_nb import tasks
+from minirl_nb import cli, run, tasks
 from minirl_nb.batch import Rollout
+from minirl_nb.config import load_config
 from minirl_nb.evaluate import (
     EvalResult,
     bootstrap_interval,
@@ -282,9 +283,6 @@ def test_interval_is_cut_to_probabilities():
 # ------------------------------------------------------------------------------------- end tokens
 def test_runs_and_evaluations_end_responses_by_one_rule(tmp_path, moe, monkeypatch, capsys):
     "All end tokens of generation_config and tokenizer; the recipe may name others."
-    from minirl_nb import cli, run
-    from minirl_nb.config import load_config
-
     moe.generation_config.eos_token_id = [14, 13]
     moe.save_pretrained(tmp_path / "model")
     tasks.arithmetic_tokenizer().save_pretrained(tmp_path / "model")
@@ -294,7 +292,6 @@ def test_runs_and_evaluations_end_responses_by_one_rule(tmp_path, moe, monkeypat
         seen.append(engine.eos.tolist())
         return evaluate(engine, task, **options)
 
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the command line sets it, if nobody did
     monkeypatch.setattr("minirl_nb.evaluate.evaluate", kept)
     words = ["--samples", "4", "--max_new_tokens", "12"]
     cli.main(["evaluate", str(tmp_path / "model"), *words])

@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from minirl_nb import objective
 from minirl_nb.cli import main
 from minirl_nb.clipping import Clip
+from minirl_nb.run import Run
 from minirl_nb.train import (
     OptimizerConfig,
     RunConfig,
@@ -537,6 +541,42 @@ def test_a_changed_setting_is_written_down(tmp_path, coldstart):
     assert [r["lr"] for r in result.steps()] == [3e-4, 3e-4, 1e-5, 1e-5]
     (line,) = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 2, "changes": {"optimizer.lr": [3e-4, 1e-5]}}
+
+
+def test_a_run_starts_from_another_runs_checkpoint_under_a_new_objective(
+    finished, tmp_path, coldstart
+):
+    "Weights to the bit; the optimiser's state only where it is asked for; counters from zero."
+    source = finished.folder / "checkpoints" / "step_000004"
+    before = sorted((p, p.stat().st_mtime_ns) for p in finished.folder.rglob("*"))
+    new = {"objective.preset": "grpo", "steps": 2}
+    weights = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    stored = load_file(source / "optimizer.safetensors")
+    first = {}
+    for taken in (False, True):
+        folder = tmp_path / str(taken)
+        config = small(folder, source, **new, **{"optimizer.from_checkpoint": taken})
+        run = Run(config)
+        own = run.model.state_dict()
+        assert all(torch.equal(own[name], w) for name, w in weights.items())
+        state = {
+            f"{name}|{key}": x
+            for name, p in run.model.named_parameters()
+            for key, x in run.optimizer.state.get(p, {}).items()
+        }
+        assert state.keys() == (stored.keys() if taken else set())
+        assert all(torch.equal(x, stored[name]) for name, x in state.items())
+        assert (run.step, run.rollout_step) == (0, 0)
+        run.engine.close()
+        result = train(replace(config, resume=True))
+        assert [r["step"] for r in result.steps()] == [1, 2] and result.rows != finished.rows
+        first[taken] = load_file(folder / "checkpoints" / "step_000002" / "model.safetensors")
+    # the same problems, responses and gradients, other moments
+    assert any(not torch.equal(w, first[True][name]) for name, w in first[False].items())
+    assert sorted((p, p.stat().st_mtime_ns) for p in finished.folder.rglob("*")) == before
+    with pytest.raises(ValueError, match="holds no optimizer.safetensors; model.path must be a"):
+        train(small(tmp_path / "none", coldstart, **{"optimizer.from_checkpoint": True}))
+    assert not (tmp_path / "none").exists()
 
 
 def test_resume_of_a_finished_run_does_nothing(finished, coldstart):

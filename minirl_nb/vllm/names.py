@@ -14,7 +14,8 @@ __all__ = ['TESTED', 'STARTING_AND_ASKING', 'ENDING', 'LOADING_AND_ASKING_MATRIC
            'ENGINE', 'SERVER', 'Needed', 'needed', 'problem', 'known_versions', 'check_version',
            'routes_refused']
 
-# %% ../../nbs/11b_vllm_names.ipynb #82c869f1
+# %% ../../nbs/11b_vllm_names.ipynb #ee508a65
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -185,7 +186,7 @@ SERVER = (
     needed(f"{_ENTRY}.launchers.api_server.entry", "main", "", "cpu"),
 )
 
-# %% ../../nbs/11b_vllm_names.ipynb #b2bbebec
+# %% ../../nbs/11b_vllm_names.ipynb #ea5ef789
 def _resolve(module: str, path: str) -> Any:
     """The object; a field of a dataclass counts as one. ImportError or AttributeError where it is
     not."""
@@ -200,14 +201,12 @@ def _resolve(module: str, path: str) -> Any:
 
 def problem(row: Needed) -> str | None:
     "What is wrong with a name in the installed vLLM, in a few words; None where nothing is."
-    name, found = f"{row.module}.{row.path}", None
+    name = f"{row.module}.{row.path}"
     for path in row.path.split(" or "):
-        try:
+        with contextlib.suppress(ImportError, AttributeError):
             found = _resolve(row.module, path)
             break
-        except (ImportError, AttributeError):
-            continue
-    if found is None:
+    else:
         return f"{name} is gone"
     if not row.arguments:
         return None
