@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 from .config import RunConfig, load_config, recipes
 from .parsing import parse_config
 
-# %% ../nbs/17_cli.ipynb #23e838aa
+# %% ../nbs/17_cli.ipynb #8dbf79d2
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is first imported
 
 
@@ -58,6 +58,8 @@ class EvaluateConfig:
     """Sampling temperature; 0 takes the most likely token."""
     max_new_tokens: int = 64
     """Longest response."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end a response, by number; empty: all that the model and its tokenizer name."""
     fp8: Literal["none", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] = "none"
     """Emulated low precision of the engine."""
     seed: int = 0
@@ -144,8 +146,8 @@ def _evaluate(positional: list[str], options: list[str]) -> None:
     engine = TorchEngine(
         model,
         fp8=config.fp8,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer,
+        eos_token_id=config.end_tokens,
     )
     result = evaluate.evaluate(
         engine,
