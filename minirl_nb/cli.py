@@ -158,7 +158,7 @@ def _evaluate(positional: list[str], options: list[str]) -> None:
     )
     print(result.table())
 
-# %% ../nbs/17_cli.ipynb #1fe8c137
+# %% ../nbs/17_cli.ipynb #e28f8864
 def _coldstart(positional: list[str], options: list[str]) -> None:
     from minirl_nb import coldstart
     from minirl_nb.run import tune_allocator
@@ -193,6 +193,16 @@ def _problems(positional: list[str], options: list[str]) -> None:
     print(f"{selection.make_problems(config)}\nproblems: {config.output}")
 
 
+def _verify(positional: list[str], options: list[str]) -> None:
+    from minirl_nb import benchmarks, tasks, verdicts  # noqa: F401  benchmarks have names
+
+    if options or len(positional) != 2:
+        raise ValueError("command line: verify wants a task and a file of responses, no options")
+    task = tasks.load(positional[0])
+    pairs = verdicts.read_responses(positional[1], task.problems)
+    print(verdicts.verdict_table(verdicts.verdicts(task, pairs)))
+
+
 def _export(positional: list[str], options: list[str]) -> None:
     from minirl_nb import checkpoint
 
@@ -210,7 +220,7 @@ def _recipes(positional: list[str], options: list[str]) -> None:
         first = path.read_text(encoding="utf-8").splitlines()[0]
         print(f"{name:24s}{first.lstrip('# ')}")
 
-# %% ../nbs/17_cli.ipynb #3703464d
+# %% ../nbs/17_cli.ipynb #75b013a0
 @dataclass(frozen=True)
 class Command:
     "A subcommand: what it does, its positional words, the type of its options."
@@ -245,6 +255,11 @@ COMMANDS = {
         ("[SOURCE]",),
         "choose verified problems from a larger set; alone, the sets known by name",
         _problems_config,
+    ),
+    "verify": Command(
+        _verify,
+        ("PROBLEMS", "RESPONSES"),
+        "the verdict on each response of a file, and what was taken for its answer",
     ),
     "export": Command(
         _export,

@@ -65,6 +65,7 @@ NO_NUMERICS = {
     "09b_tasks": "text and files",
     "09c_benchmarks": "text and files",
     "09d_selection": "text and files",
+    "09e_verdicts": "text and files",
     "14_config": "messages",
     "14b_checks": "messages",
     "index": "no code",
