@@ -197,6 +197,16 @@ def _problems(positional: list[str], options: list[str]) -> None:
     print(f"{selection.make_problems(config)}\nproblems: {config.output}")
 
 
+def _verify(positional: list[str], options: list[str]) -> None:
+    from minirl_nb import benchmarks, tasks, verdicts  # noqa: F401  benchmarks have names
+
+    if options or len(positional) != 2:
+        raise ValueError("command line: verify wants a task and a file of responses, no options")
+    task = tasks.load(positional[0])
+    pairs = verdicts.read_responses(positional[1], task.problems)
+    print(verdicts.verdict_table(verdicts.verdicts(task, pairs)))
+
+
 def _export(positional: list[str], options: list[str]) -> None:
     from minirl_nb import checkpoint
 
@@ -249,6 +259,11 @@ COMMANDS = {
         ("[SOURCE]",),
         "choose verified problems from a larger set; alone, the sets known by name",
         _problems_config,
+    ),
+    "verify": Command(
+        _verify,
+        ("PROBLEMS", "RESPONSES"),
+        "the verdict on each response of a file, and what was taken for its answer",
     ),
     "export": Command(
         _export,

@@ -281,7 +281,7 @@ class Run:
         if not (source / "optimizer.safetensors").is_file():
             raise ValueError(
                 f"optimizer.from_checkpoint: {source} holds no optimizer.safetensors; "
-                "model.path must be a checkpoint (runs/NAME/checkpoints/step_...) that one process wrote"
+                "model.path must be a checkpoint (runs/NAME/checkpoints/step_...) of one process"
             )
         self.world.restore(self.model, self.optimizer, source)
 
