@@ -202,8 +202,9 @@ class ObjectiveConfig:
     normalizer: Literal["responses", "response_length", "tokens"] | None = None
     """Denominator of the loss; None: the preset's."""
     replay: Literal["none", "R2", "R3", "auto"] = "none"
-    """Routing replay: R2 the experts of pi_old, R3 those of the rollout engine; auto: chosen from N
-    (`routing.resolve`)."""
+    """Routing replay: R2 the experts of pi_old, R3 those of the rollout engine; auto: none at
+    N = 1, R2 at N = 2, R3 above (`routing.resolve`; page 07 says why, and when to
+    choose otherwise)."""
 
 # %% ../nbs/14_config.ipynb #a2585225
 @dataclass(frozen=True)

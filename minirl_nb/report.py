@@ -29,7 +29,7 @@ import torch
 from . import evaluate
 from .checkpoint import newest_checkpoint, write_atomically
 from .config import RunConfig
-from .validity import VALIDITY_LIMIT
+from .validity import VALIDITY_LIMIT, VALIDITY_WINDOW
 from .parsing import flatten
 from .rollout import Sampling
 
@@ -212,8 +212,8 @@ class LivePlot:
 
 # %% ../nbs/14f_report.ipynb #99136b4a
 class ProgressBar:
-    """Reward, accuracy, KL and entropy on one line; a warning, once, where the surrogate breaks
-    down."""
+    """Reward, accuracy, KL and entropy on one line; a warning, once, where the surrogate is
+    shifted too far."""
 
     def __init__(self, run: Any):
         from tqdm.auto import tqdm
@@ -242,16 +242,25 @@ class ProgressBar:
             f"reward {last['reward']:.2f}, accuracy {np.mean(values):.2f}, "
             f"KL {last['kl']:.1e}, entropy {last['entropy']:.2f}"
         )
-        if last["validity/breakdown"] > VALIDITY_LIMIT and not self.warned:
-            self.warned = True
-            self.say(
-                f"gradient step {last['step']}: the surrogate's gradient may be off by its own "
-                f"length (validity meter {last['validity/breakdown']:.2f}, limit "
-                f"{VALIDITY_LIMIT:g}; {100 * last['validity/staleness']:.0f}% of the spread is "
-                f"staleness; good for {last['validity/horizon']:.0f} tokens at these ratios): "
-                "fewer updates, a smaller learning rate, or routing replay; this is said once, "
-                "metrics.jsonl has it for every step"
-            )
+        self.warn_of_shift(last)
+
+    def warn_of_shift(self, last: dict) -> None:
+        """Say once that the shift within `VALIDITY_WINDOW` tokens is beyond the limit.
+
+        Over whole responses it always is where responses are long, so that says nothing.
+        """
+        if self.warned or not last["validity/local_shift"] > VALIDITY_LIMIT:
+            return
+        self.warned = True
+        self.say(
+            f"gradient step {last['step']}: the surrogate's gradient may be off by its own length, "
+            f"even where credit is local (validity/local_shift {last['validity/local_shift']:.2f} "
+            f"over {VALIDITY_WINDOW} tokens, limit {VALIDITY_LIMIT:g}; "
+            f"{100 * last['validity/staleness']:.0f}% of the shift is staleness; good for "
+            f"{last['validity/horizon']:.0f} tokens at these ratios): fewer updates, a smaller "
+            "learning rate, or routing replay; this is said once, metrics.jsonl has it for every "
+            "step"
+        )
 
     def close(self) -> None:
         self.bar.close()
