@@ -139,6 +139,8 @@ def within_limits(*words):
 def test_the_papers_run_on_64_gpus_is_planned_in_time_and_fits():
     found = within_limits("plan", "qwen3_30b_a3b", "--gpus", "64", "--gpu", "h100", "--json")
     assert found["fits"] and found["route bytes a token"] == 384 and found["responses"] == 1024
+    # 64 divides every first dimension of this model, so shards are even; 1e-3 is room for what is
+    # counted beside the parameters: rotary tables, and a counter of 4 bytes for each of AdamW's tensors
     assert found["phases"][2]["memory"]["weights"] == pytest.approx(
         4 * 30_532_122_624 / 64, rel=1e-3
     )
