@@ -63,7 +63,7 @@ def replay_of(config: RunConfig, mixture: bool) -> str:
         return "none"
     return routing.resolve(config.objective.replay, config.batch.updates)
 
-# %% ../nbs/14b_checks.ipynb #ff9751b6
+# %% ../nbs/14b_checks.ipynb #930a9e45
 def read_model_config(path: str) -> Any:
     "The text model's config of a folder or hub name. FileNotFoundError where there is none."
     from transformers import AutoConfig
@@ -100,7 +100,7 @@ def _check_model(config: RunConfig, model_config: Any) -> None:
             f"({model_config.model_type}): it has no experts, so no engine can give routes"
         )
 
-
+# %% ../nbs/14b_checks.ipynb #32068f2e
 def _check_processes(config: RunConfig, processes: int, model_config: Any) -> None:
     "Whether the parts of a run come out even."
     expert, experts = config.parallel.expert, routing.expert_count(model_config)
@@ -126,7 +126,7 @@ def _check_processes(config: RunConfig, processes: int, model_config: Any) -> No
     engine = f"rollout.tensor_parallel is {per_engine}"
     divide(per_engine, processes, f"{engine}, which does not divide {run}")
 
-# %% ../nbs/14b_checks.ipynb #8e523d36
+# %% ../nbs/14b_checks.ipynb #4a576dcc
 # Keys, or sections ending in a dot, that may differ when a run goes on
 _FREE = (
     "resume",
@@ -163,7 +163,7 @@ def changes_of(config: RunConfig) -> dict[str, tuple[Any, Any]]:
         if before[key] != now[key] and not key.startswith(free)
     }
 
-
+# %% ../nbs/14b_checks.ipynb #5902dd98
 def check_folder(config: RunConfig) -> None:
     "ValueError where the run folder holds another run, or this one and `resume` was not asked for."
     folder = Path(config.output.folder)

@@ -3,7 +3,7 @@ mixture-of-experts policy that is right in a third of its samples and at least o
 nine problems of ten, so that almost every group of responses carries a gradient. A policy that was
 not taught has no such group at all.
 
-This room holds the teachers, supervised training on their responses (`train`), and the
+This module holds the teachers, supervised training on their responses (`train`), and the
 learning-rate schedule that runs of reinforcement learning use too.
 """
 

@@ -369,6 +369,22 @@ def test_group_advantage_is_a_loop_over_groups(seed, groups, G, std):
     )
 
 
+@pytest.mark.parametrize("std", [False, True])
+def test_group_advantage_is_its_definition_to_the_bit(std):
+    "Group by group, sums in the order of the responses."
+    g = torch.Generator().manual_seed(0)
+    group = torch.randint(0, 7, (60,), generator=g) * 3
+    reward = torch.randn(60, dtype=torch.float64, generator=g)
+    found = group_advantage(reward, group, std)
+    for k in group.unique():
+        members = (group == k).nonzero()[:, 0].tolist()
+        rewards = [float(reward[b]) for b in members]
+        mean = sum(rewards) / len(rewards)
+        centred = [x - mean for x in rewards]
+        deviation = math.sqrt(sum(x * x for x in centred) / len(rewards)) if std else 1.0
+        assert [float(found[b]) for b in members] == [x / deviation for x in centred]
+
+
 def test_group_advantage_on_literals():
     reward, group = torch.tensor([1.0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 0, 7, 7])
     assert group_advantage(reward, group).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0]

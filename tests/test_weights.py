@@ -130,20 +130,20 @@ def test_truncations_on_literal_weights():
         Clamp(0.8, 1.27): [0.8, 0.8, 1, 1.27, 1.27, 1.27],
     }
     for cut, values in expected.items():
-        got, touched = cut(w.log(), mask=m)
+        got, changed = cut(w.log(), mask=m)
         torch.testing.assert_close(
             got, torch.tensor([values], dtype=torch.float64), rtol=8 * EPS, atol=0
         )
         # exp(log 5) may lie a rounding above 5: a weight exactly on a bound has either flag, and
         # the same value
         off = ~torch.isin(w, torch.tensor([0.5, 2.0, 5.0], dtype=torch.float64))
-        torch.testing.assert_close(touched[off], (got != w)[off] & ((got - w).abs() > 1e-9)[off])
-    kept, touched = Geometric(0.9, 1.1)(
+        torch.testing.assert_close(changed[off], (got != w)[off] & ((got - w).abs() > 1e-9)[off])
+    kept, changed = Geometric(0.9, 1.1)(
         torch.tensor([[2.0, 0.5, 7.0], [2.0, 2.0, 7.0]]).log(),
         mask=torch.tensor([[True, True, False]] * 2),
     )
     torch.testing.assert_close(kept[:, :2], torch.tensor([[2.0, 0.5], [0.0, 0.0]]))
-    assert touched.tolist() == [[False] * 3, [True, True, False]]
+    assert changed.tolist() == [[False] * 3, [True, True, False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -177,8 +177,8 @@ def test_nan_is_never_hidden(cut):
 @given(b=batches)
 def test_a_truncation_with_its_knob_at_infinity_is_none(cut, b):
     log_w = log_weight("pi/mu", **b.policies())
-    w, touched = cut(log_w, mask=b.response_mask)
-    assert torch.equal(w, log_w.exp()) and not touched.any()
+    w, changed = cut(log_w, mask=b.response_mask)
+    assert torch.equal(w, log_w.exp()) and not changed.any()
 
 
 def test_short_forms():
@@ -216,6 +216,28 @@ def test_ratio_stats_are_their_definitions(b, tau):
     order = torch.randperm(len(b.logp), generator=torch.Generator().manual_seed(0))
     for k, v in ratio_stats(log_r[order], mask=b.response_mask[order], taus=(tau,)).items():
         assert v == pytest.approx(s[k], rel=1e-9, abs=1e-13), k
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ratio_stats_are_their_definitions_to_the_bit(seed):
+    "On one block of tokens the sums are those of the formulas, rounded in the same way."
+    b = make(seed)
+    log_r = log_ratio(numerator=b.logp, denominator=b.logp_mu, mask=b.response_mask)
+    x = log_r[b.response_mask].double()
+    r, scaled, n = x.exp(), (x - x.max()).exp(), x.numel()
+    expected = {
+        "k1": (-x).sum() / n,
+        "k3": (torch.expm1(x) - x).sum() / n,
+        "chi2": (r * r).sum() / n - 1,
+        "ess": (scaled.sum() / n) ** 2 / ((scaled * scaled).sum() / n),
+        "abs": x.abs().sum() / n,
+        "f_2": (x.abs() > math.log(2)).double().sum() / n,
+        "min": x.min().exp(),
+        "max": x.max().exp(),
+        "q01": x.sort().values[max(math.ceil(0.01 * n), 1) - 1].exp(),
+        "q99": x.sort().values[math.ceil(0.99 * n) - 1].exp(),
+    }
+    assert ratio_stats(log_r, b.response_mask) == {k: float(v) for k, v in expected.items()}
 
 
 def test_ratio_stats_on_a_batch_that_is_its_distribution():

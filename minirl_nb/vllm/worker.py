@@ -165,7 +165,7 @@ def _files(folder: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def returns_routes(vllm_config) -> bool:
-    "Whether a vLLM with this config returns routed experts; 0.31 moved the flag to AuxOutputConfig."
+    "Does a vLLM with this config return routed experts? 0.31 moved the flag to AuxOutputConfig."
     moved = getattr(vllm_config, "aux_output_config", None)
     holder = vllm_config.model_config if moved is None else moved
     return holder.enable_return_routed_experts
@@ -229,6 +229,7 @@ class WorkerMethods:
         if path is None:
             return answers
         save_file(answers, Path(path) / f"{self.rank:05d}.safetensors")
+        return None
 
     def minirl_guard(self, trainer: int, folders: list[str]) -> None:
         """End with the trainer (its process id), even if it is killed; vLLM's processes would live
