@@ -25,7 +25,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,9 +180,8 @@ class VLLMEngine(VLLMBase):
         progress: bool | str | None = None,
         **options: Any,
     ):
-        self.llm: Any = None
-        self._folder: Path | None = None
-        self._cpu = False
+        not_yet: Any = None
+        self.llm, self._folder, self._cpu = not_yet, not_yet, False
         self._asleep: set[str] = set()
         self._inside = self._guest = False
         _OPEN.add(self)
