@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -180,8 +180,7 @@ class VLLMEngine(VLLMBase):
         progress: bool | str | None = None,
         **options: Any,
     ):
-        not_yet: Any = None
-        self.llm, self._folder, self._cpu = not_yet, not_yet, False
+        self.llm, self._folder, self._cpu = cast(Any, None), cast(Any, None), False
         self._asleep: set[str] = set()
         self._inside = self._guest = False
         _OPEN.add(self)
