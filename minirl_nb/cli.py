@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 from .config import RunConfig, load_config, recipes
 from .parsing import parse_config
 
-# %% ../nbs/17_cli.ipynb #23e838aa
+# %% ../nbs/17_cli.ipynb #8dbf79d2
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is first imported
 
 
@@ -58,6 +58,8 @@ class EvaluateConfig:
     """Sampling temperature; 0 takes the most likely token."""
     max_new_tokens: int = 64
     """Longest response."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end a response, by number; empty: all that the model and its tokenizer name."""
     fp8: Literal["none", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] = "none"
     """Emulated low precision of the engine."""
     seed: int = 0
@@ -144,8 +146,8 @@ def _evaluate(positional: list[str], options: list[str]) -> None:
     engine = TorchEngine(
         model,
         fp8=config.fp8,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer,
+        eos_token_id=config.end_tokens,
     )
     result = evaluate.evaluate(
         engine,
@@ -193,6 +195,16 @@ def _problems(positional: list[str], options: list[str]) -> None:
         return
     config = parse_config(selection.ProblemsConfig(*positional), options, "command line")
     print(f"{selection.make_problems(config)}\nproblems: {config.output}")
+
+
+def _verify(positional: list[str], options: list[str]) -> None:
+    from minirl_nb import benchmarks, tasks, verdicts  # noqa: F401  benchmarks have names
+
+    if options or len(positional) != 2:
+        raise ValueError("command line: verify wants a task and a file of responses, no options")
+    task = tasks.load(positional[0])
+    pairs = verdicts.read_responses(positional[1], task.problems)
+    print(verdicts.verdict_table(verdicts.verdicts(task, pairs)))
 
 
 def _export(positional: list[str], options: list[str]) -> None:
@@ -247,6 +259,11 @@ COMMANDS = {
         ("[SOURCE]",),
         "choose verified problems from a larger set; alone, the sets known by name",
         _problems_config,
+    ),
+    "verify": Command(
+        _verify,
+        ("PROBLEMS", "RESPONSES"),
+        "the verdict on each response of a file, and what was taken for its answer",
     ),
     "export": Command(
         _export,

@@ -97,6 +97,9 @@ class RolloutConfig:
     """Sampling temperature; log-probabilities of training are at this temperature too."""
     max_new_tokens: int = 64
     """Longest response; a longer one is cut and counts as it stands."""
+    end_tokens: tuple[int, ...] = ()
+    """Numbers of the tokens that end a response, exactly these; empty: all that the model's
+    generation_config and the tokenizer name."""
     max_batch: int = 512
     """Most responses that the engine runs at once."""
     probe: int = 4
@@ -206,7 +209,7 @@ class ObjectiveConfig:
     N = 1, R2 at N = 2, R3 above (`routing.resolve`; page 07 says why, and when to
     choose otherwise)."""
 
-# %% ../nbs/14_config.ipynb #a2585225
+# %% ../nbs/14_config.ipynb #8495e931
 @dataclass(frozen=True)
 class OptimizerConfig:
     "AdamW and its learning rate."
@@ -219,6 +222,9 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     warmup: int = 5
     """Gradient steps of linear warm-up."""
+    from_checkpoint: bool = False
+    """Where `model.path` is a checkpoint of another run: take AdamW's moments and their step counts
+    along with the weights. False: the moments start at zero."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: constant, or down to zero at the last step."""
     max_grad_norm: float = 10.0

@@ -12,7 +12,7 @@ family's own idea of logits.
 
 # %% auto #0
 __all__ = ['CHUNK', 'BOUNDS', 'BOUNDS_OF', 'Head', 'head', 'raw_logits', 'head_logprobs',
-           'LiveBytes', 'trust_head', 'token_logprobs', 'flat_logprobs']
+           'LiveBytes', 'trust_head', 'token_logprobs', 'flat_logprobs', 'decoding_head']
 
 # %% ../nbs/06_policy.ipynb #97261559
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# %% ../nbs/06_policy.ipynb #c4df5ad6
+# %% ../nbs/06_policy.ipynb #0d7e828b
 @dataclass(frozen=True)
 class Head:
     """From the last hidden state h to the logits of a family: cap * tanh(scale * (W h + b) / cap).
@@ -42,6 +42,10 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
+
+    def logits(self, states: Tensor) -> Tensor:
+        "[n, V] logits of last hidden states [n, H], in float32 or wider."
+        return raw_logits(states, self.weight, self.bias, self.scale, self.cap)
 
 
 def head(model: nn.Module) -> Head:
@@ -378,7 +382,7 @@ def token_logprobs(
     )
     return logp, ent
 
-# %% ../nbs/06_policy.ipynb #efbbaa12
+# %% ../nbs/06_policy.ipynb #7ebaa132
 def flat_logprobs(model: nn.Module, states: Tensor, labels: Tensor, inputs: dict, **options):
     """log p and entropy [n] of `labels` [n] in one forward of `model(**inputs)`.
 
@@ -389,6 +393,11 @@ def flat_logprobs(model: nn.Module, states: Tensor, labels: Tensor, inputs: dict
     def compute(hidden, head):
         return head_logprobs(hidden.flatten(0, -2).index_select(0, states), head, labels, **options)
 
+    return _run_at_head(model, compute, inputs)
+
+
+def _run_at_head(model, compute, inputs):
+    "What `compute(states, head)` makes of the head's input in one forward of `model(**inputs)`."
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs["output_router_logits"] = False  # no auxiliary loss
     with _AtHead(model, compute) as at_head:
@@ -416,6 +425,36 @@ def _right_padded(attention_mask: Tensor, mask: Tensor) -> Tensor | None:
             f"{int(attention_mask[b].sum())} tokens)"
         )
     return None if attention_mask.all() else attention_mask
+
+# %% ../nbs/06_policy.ipynb #a5c7cbd5
+_checked_bases: WeakSet = WeakSet()  # models whose head reads the base model's last hidden state
+
+
+@torch.no_grad()
+def decoding_head(model: nn.Module) -> Head:
+    """The head with which `head.logits(model.base_model(...).last_hidden_state)` are the logits.
+
+    At a model's first use one forward of two tokens makes sure of it. NotImplementedError: the
+    head is not what `Head` describes, or something stands between it and the base model.
+    """
+    found = head(model)
+    if model in _checked_bases:
+        return found
+    tokens = torch.arange(2, device=model.device)[None] % found.weight.shape[0]
+    theirs = _run_at_head(model, lambda states, head: states, {"input_ids": tokens})
+    own = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    if not (own.isfinite().all() and theirs.isfinite().all()):
+        return found  # broken weights show nothing; they are named where a token is sampled
+    off = float("nan")
+    if own.shape == theirs.shape:
+        off = float((own - theirs).abs().amax() / theirs.abs().amax().clamp(min=1e-30))
+    if not off <= 0.4 * torch.finfo(theirs.dtype).eps ** 0.5:  # half the digits, as in `_AtHead`
+        raise NotImplementedError(
+            f"the head of {type(model).__name__} does not read its base model's last hidden state "
+            f"(off by {off:.1%}): a decoding engine cannot apply it"
+        )
+    _checked_bases.add(model)
+    return found
 
 # %% ../nbs/06_policy.ipynb #8da6e00b
 BOUNDS = "minirl_packed"  # the name of the attention that `packed` registers with transformers

@@ -14,7 +14,7 @@ or without FP8 emulation. The names that other rooms need of the rooms below (`E
 __all__ = ['TorchEngine', 'Engine', 'Sampling', 'choose', 'Parity', 'ParityError',
            'compare_weights', 'parity']
 
-# %% ../nbs/10_rollout.ipynb #b0593d9f
+# %% ../nbs/10_rollout.ipynb #70279a72
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,9 +24,17 @@ from torch import Tensor, nn
 
 from . import fp8 as fp8_module
 from .batch import Rollout, validate
-from .decoding import RequestStreams, Sampling, SlotCache, choose, rounded_capacity
+from minirl_nb.decoding import (
+    RequestStreams,
+    Sampling,
+    SlotCache,
+    choose,
+    end_tokens,
+    padding_token,
+    rounded_capacity,
+)
 from .parity import Engine, Parity, ParityError, compare_weights, parity  # noqa: F401
-from .policy import BOUNDS, token_logprobs
+from .policy import BOUNDS, decoding_head, token_logprobs
 from .routing import record, routers, routes_dtype
 
 _all_ = [
@@ -39,7 +47,7 @@ _all_ = [
     "parity",
 ]
 
-# %% ../nbs/10_rollout.ipynb #cf363f18
+# %% ../nbs/10_rollout.ipynb #5447b82b
 class _Call:
     "One call of `TorchEngine.generate`: R requests, their results so far, and the slots that run."
 
@@ -50,7 +58,7 @@ class _Call:
         engine._check(self.sizes, sampling)
         self.limit = int(self.sizes.max()) + sampling.max_new_tokens
         self.device = device = engine.model.device
-        self.base, self.head = engine.model.base_model, engine.model.get_output_embeddings()
+        self.base, self.head = engine.model.base_model, decoding_head(engine.model)
         # results, [R + 1, limit] and [R + 1]
         self.tokens = torch.full((R + 1, self.limit), engine.pad, device=device)
         self.logp = torch.zeros(R + 1, self.limit, device=device)
@@ -60,7 +68,7 @@ class _Call:
         first = self.sizes.repeat_interleave(sampling.n)
         self.first = torch.cat([first, torch.zeros(1, dtype=torch.long)]).to(device)
         self.streams = RequestStreams(sampling.seed, sampling.first, R, device)
-        self.cache = SlotCache(len(self.base.layers))
+        self.cache = SlotCache()
         # slots: the request of each (R: it has finished), where its next token goes, how many it
         # has sampled
         none = torch.empty(0, dtype=torch.long, device=device)
@@ -125,7 +133,7 @@ class _Call:
             use_cache=True,
         ).last_hidden_state
         last = sizes.to(self.device) - 1
-        return ids, self.head(hidden[torch.arange(len(ids), device=self.device), last])
+        return ids, self.head.logits(hidden[torch.arange(len(ids), device=self.device), last])
 
     def admit(self, recorder) -> None:
         """Prefill waiting requests; a prompt runs once for all its responses. Finished slots are
@@ -192,7 +200,7 @@ class _Call:
         mask = torch.arange(self.cache.width, device=self.device) <= p[:, None]
         mask = mask[:, None, None]  # [slots, 1, 1, width]
         if self.engine.float_mask:
-            dtype = self.logits.dtype
+            dtype = self.base.dtype
             mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
         hidden = self.base(
             input_ids=self.token[:, None],
@@ -201,7 +209,7 @@ class _Call:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.logits = self.head(hidden[:, 0])
+        self.logits = self.head.logits(hidden[:, 0])
         if recorder:
             self.routes[self.request, p] = recorder.pop()
         alive = (self.request < self.requests).long()
@@ -230,7 +238,7 @@ class _Call:
             out.routes, out.routes_valid = taken(self.routes), t < length[:, None] - 1
         return out
 
-# %% ../nbs/10_rollout.ipynb #529db17a
+# %% ../nbs/10_rollout.ipynb #ecacf98e
 def _sliding_window(config) -> int | None:
     "The model's sliding window, where one of its layers has one."
     if not getattr(config, "use_sliding_window", True):
@@ -248,12 +256,14 @@ class TorchEngine:
     routes: record the experts of every token (needs a mixture-of-experts model).
     max_batch: most responses that run at once.
     prefill_tokens: most prompt tokens in one prefill.
-    eos_token_id, pad_token_id: None takes them from the model's generation_config.
+    tokenizer: may name an end token that the model does not (`decoding.end_tokens`).
+    eos_token_id: exactly the tokens that end a response; None: all that the model and the tokenizer
+        name. pad_token_id: None takes the tokenizer's or the model's.
     dtype, device: of the copy; None keeps the model's.
 
     ValueError for a model whose layers keep another state than keys and values (linear attention),
-    or that
-    has no end token; TypeError for routes of a dense model.
+    or that has no end token; TypeError for routes of a dense model; NotImplementedError for a
+    family whose head `policy.Head` does not describe.
     """
 
     def __init__(
@@ -263,6 +273,7 @@ class TorchEngine:
         routes: bool = False,
         max_batch: int = 512,
         prefill_tokens: int = 16_384,
+        tokenizer=None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         dtype: torch.dtype | None = None,
@@ -277,17 +288,11 @@ class TorchEngine:
                 "and values only: use the vLLM engine"
             )
         self.window = _sliding_window(config)
-        eos = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-        if eos is None:
-            raise ValueError(
-                "no end token: give eos_token_id, or set it in the model's generation_config"
-            )
-        pad = model.generation_config.pad_token_id if pad_token_id is None else pad_token_id
+        eos = end_tokens(model, tokenizer, eos_token_id)
+        self.pad = padding_token(model, tokenizer, pad_token_id, eos)
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.model = self.model.to(device=device, dtype=dtype)
-        eos = [eos] if isinstance(eos, int) else list(eos)
         self.eos = torch.tensor(eos, device=self.model.device)
-        self.pad = eos[0] if pad is None else pad
         if self.model.config._attn_implementation in ("sdpa", BOUNDS):
             self.model.set_attn_implementation("minirl_slots")
         self.float_mask = self.model.config._attn_implementation != "minirl_slots"
@@ -296,6 +301,7 @@ class TorchEngine:
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         if routes:
             routers(self.model)  # TypeError now, not at the first rollout, where there are none
+        decoding_head(self.model)  # and NotImplementedError
         self.vocab_size, self.positions = config.vocab_size, config.max_position_embeddings
         self.version = 0
 

@@ -11,7 +11,8 @@ shows how, in torch.
 
 # %% auto #0
 __all__ = ['record', 'replay', 'ADAPTERS', 'EXPERT_COUNTS', 'Adapter', 'Router', 'expert_count',
-           'routers', 'Flips', 'check_routes', 'compare', 'routes_dtype', 'Replay', 'resolve']
+           'routers', 'Flips', 'check', 'check_routes', 'compare', 'read_routes', 'routes_dtype',
+           'Replay', 'resolve']
 
 # %% ../nbs/07a_replay.ipynb #bc1d33d7
 import sys
@@ -36,10 +37,18 @@ from minirl_nb.routers import (
     expert_count,  # noqa: F401
     routers,
 )
-from .routes import Flips, check_routes, compare, routes_dtype  # noqa: F401
+from minirl_nb.routes import (  # noqa: F401
+    Flips,
+    check,
+    check_routes,
+    compare,
+    read_routes,
+    routes_dtype,
+)
 
 _all_ = ["ADAPTERS", "EXPERT_COUNTS", "Adapter", "Router", "expert_count", "routers"]
-_all_ += ["Flips", "check_routes", "compare", "routes_dtype", "Replay", "resolve"]
+_all_ += ["Flips", "check", "check_routes", "compare", "read_routes", "routes_dtype"]
+_all_ += ["Replay", "resolve"]
 
 # %% ../nbs/07a_replay.ipynb #f4a8c1d2
 @dataclass

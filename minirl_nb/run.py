@@ -113,7 +113,7 @@ _PADDING = Rollout(
     group=torch.zeros(1, dtype=torch.long),
 )
 
-# %% ../nbs/14g_run.ipynb #d7c6dfb0
+# %% ../nbs/14g_run.ipynb #28eea5cc
 def torch_engine(run: "Run", fp8: str, routes: bool) -> TorchEngine:
     "The model itself as a rollout engine, with emulated low precision."
     return TorchEngine(
@@ -121,8 +121,8 @@ def torch_engine(run: "Run", fp8: str, routes: bool) -> TorchEngine:
         fp8=fp8,
         routes=routes,
         max_batch=run.config.rollout.max_batch,
-        eos_token_id=run.tokenizer.eos_token_id,
-        pad_token_id=run.tokenizer.pad_token_id,
+        tokenizer=run.tokenizer,
+        eos_token_id=run.config.rollout.end_tokens,
     )
 
 
@@ -135,6 +135,7 @@ def make_engine(run: "Run") -> Engine:
         "fp8": rollout.fp8,
         "routes": bool(run.routers),
         "max_batch": rollout.max_batch,
+        "eos_token_id": rollout.end_tokens,
         "weights": run.world.weights(run.model),
         "dtype": torch.bfloat16 if model.compute == "bfloat16" else None,
     }
@@ -246,10 +247,17 @@ class Run:
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model {size}: they do not "
                 "belong together"
             )
+        beyond = [t for t in self.config.rollout.end_tokens if not 0 <= t < size]
+        if beyond:
+            raise ValueError(
+                f"rollout.end_tokens names {beyond[0]}, but the model has tokens 0 to {size - 1}"
+            )
 
     # ------------------------------------------------------------------ the run folder
     def _open_folder(self, checkpoint: Path | None) -> None:
         "Write what the run is, or go on from its newest checkpoint."
+        if not checkpoint:
+            self._start_from_elsewhere()
         if self.world.chief:
             changes = changes_of(self.config)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -264,6 +272,18 @@ class Run:
         if self.world.chief and changes:
             with open(self.folder / "changes.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": self.step, "changes": changes}) + "\n")
+
+    def _start_from_elsewhere(self) -> None:
+        "The optimiser's state of the checkpoint that the weights came from, where it is asked for."
+        if not self.config.optimizer.from_checkpoint:
+            return
+        source = Path(data_path(self.config.model.path))
+        if not (source / "optimizer.safetensors").is_file():
+            raise ValueError(
+                f"optimizer.from_checkpoint: {source} holds no optimizer.safetensors; "
+                "model.path must be a checkpoint (runs/NAME/checkpoints/step_...) of one process"
+            )
+        self.world.restore(self.model, self.optimizer, source)
 
     def _load_state(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / "state.json").read_text())

@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from small_runs import metrics, small
+from transformers import AutoModelForCausalLM
 
 from minirl_nb.checkpoint import checkpoints, newest_checkpoint
 from minirl_nb.cli import main
 from minirl_nb.config import config_yaml
+from minirl_nb.run import Run
 from minirl_nb.train import train
 
 
@@ -112,3 +117,39 @@ def test_a_stop_file_ends_a_run_with_a_checkpoint_and_resume_goes_on(finished, t
     )
     train(small(tmp_path / "run", coldstart, resume=True))
     assert metrics(tmp_path / "run") == metrics(finished.folder)
+
+
+def test_a_run_starts_from_another_runs_checkpoint_under_a_new_objective(
+    finished, tmp_path, coldstart
+):
+    "Weights to the bit; the optimiser's state only where it is asked for; counters from zero."
+    source = finished.folder / "checkpoints" / "step_000004"
+    before = sorted((p, p.stat().st_mtime_ns) for p in finished.folder.rglob("*"))
+    new = {"objective.preset": "grpo", "steps": 2}
+    weights = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    stored = load_file(source / "optimizer.safetensors")
+    first = {}
+    for taken in (False, True):
+        folder = tmp_path / str(taken)
+        config = small(folder, source, **new, **{"optimizer.from_checkpoint": taken})
+        run = Run(config)
+        own = run.model.state_dict()
+        assert all(torch.equal(own[name], w) for name, w in weights.items())
+        state = {
+            f"{name}|{key}": x
+            for name, p in run.model.named_parameters()
+            for key, x in run.optimizer.state.get(p, {}).items()
+        }
+        assert state.keys() == (stored.keys() if taken else set())
+        assert all(torch.equal(x, stored[name]) for name, x in state.items())
+        assert (run.step, run.rollout_step) == (0, 0)
+        run.engine.close()
+        result = train(replace(config, resume=True))
+        assert [r["step"] for r in result.steps()] == [1, 2] and result.rows != finished.rows
+        first[taken] = load_file(folder / "checkpoints" / "step_000002" / "model.safetensors")
+    # the same problems, responses and gradients, other moments
+    assert any(not torch.equal(w, first[True][name]) for name, w in first[False].items())
+    assert sorted((p, p.stat().st_mtime_ns) for p in finished.folder.rglob("*")) == before
+    with pytest.raises(ValueError, match="holds no optimizer.safetensors; model.path must be a"):
+        train(small(tmp_path / "none", coldstart, **{"optimizer.from_checkpoint": True}))
+    assert not (tmp_path / "none").exists()

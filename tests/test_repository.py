@@ -319,8 +319,8 @@ def test_every_import_of_the_package_is_required():
     config = ConfigParser(delimiters=["="], interpolation=None)
     config.read(ROOT / "settings.ini")
     optional = {"vllm", "reasoning-gym", "tensorboard", "wandb", "trackio", "minirl-nb"}
-    # the first two come with math-verify and with datasets; a notebook, where IPython is used, brings it
-    optional |= {"antlr4", "requests", "IPython"}
+    # two come with math-verify and one with datasets; a notebook, where IPython is used, brings it
+    optional |= {"antlr4", "sympy", "requests", "IPython"}
     names = {"yaml": "pyyaml"}
     known = required(config["DEFAULT"]["requirements"]) | optional | set(sys.stdlib_module_names)
     for path in MODULES:

@@ -9,9 +9,9 @@ This room holds the context managers that stand around every call into vLLM.
 
 # %% auto #0
 __all__ = ['environment', 'Variables', 'process_folder', 'own_temporary_files', 'folder_in_memory',
-           'quiet', 'own_threads']
+           'quiet', 'own_threads', 'leave_process_group', 'destroy_process_group']
 
-# %% ../../nbs/11g_vllm_fences.ipynb #c91c74a3
+# %% ../../nbs/11g_vllm_fences.ipynb #1dffd6a2
 import atexit
 import contextlib
 import logging
@@ -20,9 +20,10 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -152,3 +153,36 @@ def own_threads() -> Iterator[None]:
         torch.set_num_threads = set_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+# %% ../../nbs/11g_vllm_fences.ipynb #36ff4d71
+def leave_process_group(core) -> None:
+    """vLLM's own shutdown of an engine, without its end, which would destroy the trainer's process
+    group."""
+    from vllm.distributed import parallel_state as groups
+
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    _unlink_shared_memory(vars(groups).values())
+    groups.destroy_model_parallel()
+    if groups._WORLD is not None:
+        groups._WORLD.destroy()
+    groups._WORLD = None
+
+
+def destroy_process_group() -> None:
+    """End the process group that vLLM made for its engines in this process. A start that failed
+    leaves it behind, and the next engine would take it for the trainer's."""
+    if torch.distributed.is_initialized():
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        with contextlib.suppress(Exception):
+            cleanup_dist_env_and_memory()
+
+
+def _unlink_shared_memory(groups: Iterable[Any]) -> None:
+    "Remove the message queues of vLLM's groups from shared memory; their users still hold them."
+    for group in groups:
+        buffer = getattr(getattr(group, "mq_broadcaster", None), "buffer", None)
+        if getattr(buffer, "is_creator", False):
+            buffer.is_creator = False  # its destructor would remove it again
+            buffer.shared_memory.unlink()

@@ -12,21 +12,26 @@ sources of versions that cannot run on this machine.
 # %% auto #0
 __all__ = ['TESTED', 'STARTING_AND_ASKING', 'ENDING', 'LOADING_AND_ASKING_MATRICES',
            'EMULATION_AND_REPAIRS', 'ENGINE', 'SERVER', 'Needed', 'needed', 'problem',
-           'known_versions', 'check_version']
+           'known_versions', 'check_version', 'routes_refused']
 
-# %% ../../nbs/11b_vllm_names.ipynb #bec3461f
+# %% ../../nbs/11b_vllm_names.ipynb #ee508a65
+import contextlib
 import inspect
+import re
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from .requests import EngineError
 
-# %% ../../nbs/11b_vllm_names.ipynb #d98908aa
+# %% ../../nbs/11b_vllm_names.ipynb #9e8e73db
 TESTED = {"cpu": "0.30", "gpu": "0.33"}
 
 
 class Needed(NamedTuple):
-    "A name of vLLM: `path` in `module` must take `arguments` on machines `where`: cpu, gpu or any."
+    """A name of vLLM: `path` in `module` must take `arguments` on machines `where`: cpu, gpu, any.
+
+    Where a name has moved, `path` is "new or old", and one of them must be there."""
 
     module: str
     path: str
@@ -89,8 +94,17 @@ ENDING = (
     needed(_PARALLEL, "_WORLD"),
 )
 
-# %% ../../nbs/11b_vllm_names.ipynb #89fe963d
+# %% ../../nbs/11b_vllm_names.ipynb #3a25d0fc
+_FLAG = "enable_return_routed_experts"
+
 LOADING_AND_ASKING_MATRICES = (
+    needed("vllm.config", f"AuxOutputConfig.{_FLAG} or ModelConfig.{_FLAG}"),
+    needed(
+        "vllm.config",
+        "ModelConfig",
+        "dtype quantization logprobs_mode max_model_len enable_sleep_mode",
+    ),
+    needed("vllm.config", "ModelConfig.architectures"),
     needed(f"{_WORKER}.gpu_worker", "Worker.reload_weights", "args kwargs"),
     needed(f"{_WORKER}.gpu_worker", "Worker.get_model"),
     needed(f"{_WORKER}.gpu_model_runner", "GPUModelRunner.reload_weights", "weights_iterator"),
@@ -172,7 +186,7 @@ SERVER = (
     needed(f"{_ENTRY}.launchers.api_server.entry", "main", "", "cpu"),
 )
 
-# %% ../../nbs/11b_vllm_names.ipynb #6a4a1baa
+# %% ../../nbs/11b_vllm_names.ipynb #ea5ef789
 def _resolve(module: str, path: str) -> Any:
     """The object; a field of a dataclass counts as one. ImportError or AttributeError where it is
     not."""
@@ -188,9 +202,11 @@ def _resolve(module: str, path: str) -> Any:
 def problem(row: Needed) -> str | None:
     "What is wrong with a name in the installed vLLM, in a few words; None where nothing is."
     name = f"{row.module}.{row.path}"
-    try:
-        found = _resolve(row.module, row.path)
-    except (ImportError, AttributeError):
+    for path in row.path.split(" or "):
+        with contextlib.suppress(ImportError, AttributeError):
+            found = _resolve(row.module, path)
+            break
+    else:
         return f"{name} is gone"
     if not row.arguments:
         return None
@@ -228,3 +244,33 @@ def check_version(table: tuple[Needed, ...] = ENGINE) -> str:
             f"CPU, {TESTED['gpu']} on a GPU): {'; '.join(problems)}"
         )
     return vllm.__version__
+
+# %% ../../nbs/11b_vllm_names.ipynb #a509d0f0
+def routes_refused(
+    version: str,  # of vLLM
+    options: Mapping[str, Any],  # of its engine
+    cpu: bool,
+) -> str | None:
+    "Why this vLLM cannot return routes with these options, in one sentence; None where it can."
+    says = f"vLLM {version} cannot return routed experts"
+    moved = tuple(int(x) for x in re.findall(r"\d+", version)[:2]) >= (0, 31)
+    if cpu and moved:
+        return f"{says} on a CPU (Model Runner V2 needs Triton); use {TESTED['cpu']} there"
+    if moved and options.get("enable_prefix_caching") is False:
+        return f"{says} without its prefix cache; leave enable_prefix_caching on"
+    for name in _PARALLEL_SIZES:
+        if (options.get(name) or 1) > 1:
+            return f"{says} with {name} = {options[name]}; it must be 1"
+    if options.get("kv_transfer_config") or options.get("kv_offloading_size"):
+        return (
+            f"{says} for tokens whose keys and values come from elsewhere; drop kv_transfer_config "
+            "and kv_offloading_size"
+        )
+    return None
+
+
+_PARALLEL_SIZES = (
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)

@@ -16,7 +16,7 @@ trainer's side answers the same questions from its own tensors (transfer).
 
 # %% auto #0
 __all__ = ['random_question', 'askable', 'share_of', 'answer', 'unpad_experts', 'pack_again',
-           'WorkerMethods', 'pad_heads']
+           'returns_routes', 'WorkerMethods', 'pad_heads']
 
 # %% ../../nbs/11d_vllm_worker.ipynb #ea699af5
 import os
@@ -153,7 +153,7 @@ def pack_again(model: nn.Module) -> None:
         elif isinstance(layer, ParallelLMHead):
             method.process_weights_after_loading(layer)
 
-# %% ../../nbs/11d_vllm_worker.ipynb #39529599
+# %% ../../nbs/11d_vllm_worker.ipynb #a191289a
 def _files(folder: str) -> Iterator[tuple[str, Tensor]]:
     "The tensors in a folder of safetensors files."
     from safetensors import safe_open
@@ -162,6 +162,13 @@ def _files(folder: str) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, framework="pt") as f:
             for name in f.keys():
                 yield name, f.get_tensor(name)
+
+
+def returns_routes(vllm_config) -> bool:
+    "Does a vLLM with this config return routed experts? 0.31 moved the flag to AuxOutputConfig."
+    moved = getattr(vllm_config, "aux_output_config", None)
+    holder = vllm_config.model_config if moved is None else moved
+    return holder.enable_return_routed_experts
 
 
 class WorkerMethods:
@@ -179,7 +186,7 @@ class WorkerMethods:
             "dtype": str(m.dtype).removeprefix("torch."),
             "quantization": m.quantization,
             "config": {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)},
-            "routes": m.enable_return_routed_experts,
+            "routes": returns_routes(self.vllm_config),
             "logprobs": m.logprobs_mode,
             "positions": m.max_model_len,
             "sleep": m.enable_sleep_mode,
