@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from end_tokens import ends_rightly
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rollout import ends_rightly
 
 from minirl_nb import cli, run, tasks
 from minirl_nb.batch import Rollout

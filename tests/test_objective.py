@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_batches import PROPERTY, batches, make
 from textbook_masks import dppo_kl, dppo_tv, one_by_one, opsm, trm_max
@@ -631,15 +631,53 @@ def test_a_token_without_gradient_may_have_probability_zero(name, why):
     assert unclipped or g[0, 2] == 0
 
 
-@PROPERTY
-@given(batches, st.sampled_from(MANY), st.lists(st.integers(0, 8), min_size=1, max_size=5))
-def test_any_split_over_ranks_and_micro_batches_is_the_whole(b, objective, sizes):
-    "Ranks hold any number of responses, none included; each divides by the count of the whole."
-    loss, g = loss_and_grad(objective, b)
+NORMALIZERS = ["responses", "response_length", "tokens"]
+EVERY = [replace(o, normalizer=n) for o in PRESETS.values() for n in NORMALIZERS] + MANY
+
+
+def in_parts(b, sizes):
+    "Rows in parts of these sizes and a last one with the rest; parts may be empty."
     ends = torch.tensor(sizes).cumsum(0).clamp(max=len(b.logp)).tolist()
     cuts = [0, *ends, len(b.logp)]
-    parts = [b.rows(slice(i, j)) for i, j in zip(cuts, cuts[1:])]
+    return [b.rows(slice(i, j)) for i, j in zip(cuts, cuts[1:])]
+
+
+@pytest.mark.parametrize("objective", EVERY, ids=range(len(EVERY)))
+@settings(PROPERTY, max_examples=20)
+@given(
+    b=batches,
+    ranks=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    micro=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    infinite=st.floats(0, 1),
+    seed=seeds,
+)
+def test_any_split_over_ranks_and_micro_batches_is_the_whole(
+    objective, b, ranks, micro, infinite, seed
+):
+    """Every preset under every normaliser. Ranks hold any number of responses and cut them into any
+    micro-batches, none and empty ones included; each part divides by the count of the whole, and
+    the ranks add up. Tokens that count for nothing (off the mask, or without advantage) may have
+    any probability, also zero or NaN off the mask: loss and gradient stay those of the whole.
+    """
+    clean_loss, clean_g = loss_and_grad(objective, b)
+    g = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(b.logp.shape, generator=g) < infinite
+    junk = torch.tensor([-math.inf, math.inf, math.nan], dtype=torch.float64)
+    off, idle = chosen & ~b.response_mask, chosen & (b.advantage == 0)[:, None] & b.response_mask
+    for name in ("logp", "logp_old", "logp_mu"):
+        x = getattr(b, name).clone()
+        x[off] = junk[torch.randint(0, 3, (int(off.sum()),), generator=g)]
+        setattr(b, name, x)
+    b.logp = b.logp.masked_fill(idle, -math.inf)
+    loss, grad = loss_and_grad(objective, b)
+    parts = [m for rank in in_parts(b, ranks) for m in in_parts(rank, micro)]
     n = max(sum(objective.count(p.response_mask) for p in parts), 1)
+    assert n == max(objective.count(b.response_mask), 1)
     got = [loss_and_grad(objective, p, n) for p in parts]
+    # sums of up to 72 terms in another order, each rounded at 1e-16
     torch.testing.assert_close(sum(x for x, _ in got), loss, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(torch.cat([x for _, x in got]), g, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.cat([x for _, x in got]), grad, rtol=1e-13, atol=0)
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
+    torch.testing.assert_close(grad, clean_g, rtol=1e-13, atol=0)
+    if not idle.any():
+        torch.testing.assert_close(loss, clean_loss, rtol=1e-12, atol=1e-13)

@@ -5,6 +5,7 @@ import moe_families
 import pytest
 import torch
 from conftest import tiny_qwen3_moe
+from end_tokens import ends_rightly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -380,15 +381,6 @@ def test_a_head_that_reads_something_else_than_the_base_models_states_is_refused
 
 
 # ---------------------------------------------------------------- end tokens
-def ends_rightly(r, end):
-    "Every response ends at its first end token, or is cut at the limit and not finished."
-    is_end = torch.isin(r.tokens, torch.tensor(end)) & r.response_mask
-    last = r.tokens[torch.arange(len(r)), r.length - 1]
-    assert torch.equal(r.finished, torch.isin(last, torch.tensor(end)))
-    assert torch.equal(is_end.sum(1), r.finished.long())
-    return {t: int((last[r.finished] == t).sum()) for t in end}
-
-
 def test_a_response_ends_at_any_end_token_of_model_or_tokenizer(moe):
     moe.generation_config.eos_token_id = [15, 14]
     tokenizer = SimpleNamespace(eos_token_id=13, pad_token_id=0)

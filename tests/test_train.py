@@ -114,7 +114,8 @@ def test_metrics(finished):
             "peak_memory",
         ):
             assert isinstance(r[key], int | float), key
-        # the same function before the updates and in the first mini-batch: only the shape of the micro-batches differs
+        # the same function before the updates and in the first mini-batch: only the shape of the
+        # micro-batches differs, and k3 is half the square of a rounding: at most 1e-14 on five seeds
         if r["mini_batch"] == 0:
             assert r["staleness/k3"] < 1e-9 and r["staleness/flip"] == 0 and r["clip_high"] == 0
     assert any(r["staleness/k3"] > 1e-9 for r in steps if r["mini_batch"] == 1)
@@ -135,13 +136,10 @@ def test_on_policy_without_rounding_is_exact(tmp_path, coldstart):
         coldstart,
         **{"rollout.fp8": "none", "objective.replay": "none", "batch.updates": 1, "steps": 2},
     )
+    # the largest of five seeds: 4e-8, 8e-14, 5e-7. Thirty times that is room for other kernels
     for r in train(c).steps():
-        assert (
-            abs(r["kl"]) < 1e-6
-            and r["k3"] < 1e-11
-            and r["discrepancy/flip"] == 0
-            and r["validity/total_variation"] < 1e-4
-        )
+        assert abs(r["kl"]) < 1e-6 and r["k3"] < 3e-12
+        assert r["discrepancy/flip"] == 0 and r["validity/total_variation"] < 2e-5
 
 
 @pytest.mark.parametrize("replay", ["none", "R2", "R3"])
@@ -189,8 +187,9 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, coldstart):
         ).steps()[0]
         for tokens in (1, 100000)
     ]
+    # five seeds differed by up to 3e-6 of a number, and kl, which is next to zero, by 2e-8
     for key in ("loss", "grad_norm", "reward", "entropy", "kl", "weight/max"):
-        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-7), key
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=6e-7), key
 
 
 def test_two_runs_are_equal_bit_for_bit(finished, tmp_path, coldstart):
@@ -302,6 +301,7 @@ def test_packed_micro_batches_train_like_padded_ones(tmp_path, coldstart):
             ).steps()
             for packed in (False, True)
         ]
+        # five seeds differed by up to 4e-6 of a number in their first steps
         for a, b in zip(*rows):
             for key in ("loss", "grad_norm", "entropy", "kl", "discrepancy/flip"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (replay, key)

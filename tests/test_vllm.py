@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_rollout import ends_rightly
+from end_tokens import ends_rightly
 
 from minirl_nb import fp8
 from minirl_nb.batch import validate

@@ -25,8 +25,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -179,9 +178,7 @@ class VLLMEngine(VLLMBase):
         progress: bool | str | None = None,
         **options: Any,
     ):
-        self.llm: Any = None
-        self._folder: Path | None = None
-        self._cpu = False
+        self.llm, self._folder, self._cpu = cast(Any, None), cast(Any, None), False
         self._asleep: set[str] = set()
         self._inside = self._guest = False
         _OPEN.add(self)
