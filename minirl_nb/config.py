@@ -180,7 +180,7 @@ class BatchConfig:
         "Prompts of one mini-batch."
         return self.prompts_per_rollout // self.updates
 
-# %% ../nbs/14_config.ipynb #5b7b0a3f
+# %% ../nbs/14_config.ipynb #94d48fc0
 @dataclass(frozen=True)
 class ObjectiveConfig:
     "The loss: a preset of `objective.PRESETS`, and what is changed in it."
@@ -205,8 +205,8 @@ class ObjectiveConfig:
     ) = None
     """Stop-gradient weight of a token; None: the preset's."""
     truncation: str | None = None
-    """Tail of the weight: "none", "tis:5", "mis:2", "icepop:0.5,5", "clamp:0.8,1.27", "gamma:2,3,3,2", ...;
-    None: the preset's."""
+    """Tail of the weight: "none", "tis:5", "mis:2", "icepop:0.5,5", "clamp:0.8,1.27",
+    "gamma:2,3,3,2", ...; None: the preset's."""
     clip: bool | None = None
     """Whether tokens outside the trust region lose their gradient (MiniRL's mask M_t);
     None: as the preset."""
@@ -225,8 +225,9 @@ class ObjectiveConfig:
     """Drop what moved in its advantage's direction, any movement, or any with A < 0;
     None: the preset's (towards)."""
     pi_old: Literal["recomputed", "rollout"] = "recomputed"
-    """Where pi_old comes from: a pass of the trainer before the updates, or the rollout engine's own
-    log-probabilities (two policies; saves the pass, and what it logs: kl, k3, entropy)."""
+    """Where pi_old comes from: a pass of the trainer before the updates, or the rollout
+    engine's log-probabilities (two policies: the pass is saved, and its metrics kl, k3 and entropy
+    are missing)."""
     advantage: Literal["mean", "mean_std", "none"] | None = None
     """Baseline and scale of the advantage; None: the preset's."""
     normalizer: Literal["responses", "response_length", "tokens"] | None = None

@@ -77,7 +77,7 @@ def flips(run: Run, step: Step, i: int) -> dict[str, float]:
         out[f"{name}/jaccard"] = float((jaccard / n).mean())
     return out
 
-# %% ../nbs/14h_measure.ipynb #e03bf9e8
+# %% ../nbs/14h_measure.ipynb #8dd4bd21
 def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None) -> None:
     "One line of metrics.jsonl for each gradient step of a rollout step."
     n, r, seconds = len(rows), step.rollout, _seconds_by_phase(step)
@@ -115,7 +115,7 @@ def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None
             }
         )
 
-
+# %% ../nbs/14h_measure.ipynb #f39b8d06
 def _seconds_by_phase(step: Step) -> dict[str, float]:
     "Seconds of each phase, all updates as one."
     seconds = {k: v for k, v in step.seconds.items() if not k.startswith("update")}

@@ -182,12 +182,12 @@ def _readable(
             )
     return found
 
-# %% ../nbs/15_train.ipynb #08ffdbcd
+# %% ../nbs/15_train.ipynb #2a32ee1e
 @torch.no_grad()
 def recompute(run: Run, step: Step) -> None:
     """pi_old in the training engine: logp_old, entropy, and the routes that R2 will replay.
 
-    With two policies the rollout engine's log-probabilities stand in, and nobody knows the entropy."""
+    With two policies the rollout engine's log-probabilities stand in, and no entropy is known."""
     r = step.rollout
     if run.replay == "none":
         r.routes = None

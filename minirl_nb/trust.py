@@ -65,12 +65,12 @@ def displacement(
     kl = -q * log_r + rest[0] * (rest[0].log() - rest[1].log())
     return log_r.sign() * kl.clamp(min=0)
 
-# %% ../nbs/02c_trust_region.ipynb #a9810b7f
+# %% ../nbs/02c_trust_region.ipynb #3185adad
 Anchor = Literal["old", "mu"]
 Over = Literal["token", "prefix", "mean", "max"]
 Side = Literal["towards", "any", "negative"]
 
-
+# %% ../nbs/02c_trust_region.ipynb #6c31d575
 @dataclass(frozen=True)
 class TrustRegion:
     """Which tokens keep their gradient: those that have not moved too far from an anchor.
