@@ -124,7 +124,7 @@ def _scientific(match: re.Match) -> str:
     number, power = (group for group in match.groups() if group)
     return rf"{number}\cdot 10^{{{int(power)}}}"
 
-# %% ../nbs/09_notation.ipynb #fd8b989f
+# %% ../nbs/09_notation.ipynb #5f692381
 _NAMES = (
     "arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|infty|alpha|beta|theta|sin|cos|tan|cot|sec|csc|log"
     "|exp|pi|ln"
@@ -140,6 +140,7 @@ _REWRITES = [
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\s*\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it)(?![A-Za-z])\s*", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:textnormal|textup|textsf|textrm|mbox|hbox)\s*\{", r"\\text{"),
         (r"\\phantom\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
