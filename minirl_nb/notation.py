@@ -64,7 +64,8 @@ _AROUND = [
     )
 ]
 _MARKS = re.compile(
-    r"(?:\s|(?<!\.\.)(?<!\\ldots )(?<!\\)[.]|(?<!\\)[,;:]|\\[,;:! ]|~|\\\\|\\text\{\s*[.,;:]?\s*\})+$"
+    r"(?:\s|(?<!\.\.)(?<!\\ldots )(?<!\\)[.]|(?<!\\)[,;:]|\\[,;:! ]|~|\\\\"
+    r"|\\text\{\s*[.,;:]?\s*\})+$"
 )
 
 
@@ -94,7 +95,8 @@ _GROUPED = re.compile(rf"(?<![\d.,/])\d{{1,3}}(?:{_BLANK}\d{{3}})+(?!\d|\s*/)")
 _COMMAS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
 _SCIENTIFIC = re.compile(
-    r"(?<![A-Za-z\d.\\])(?:(\d+\.\d*|\.\d+|1)[eE]([-+]?\d+)|(\d+)(?:[eE]([-+]?\d\d+)|[eE](\d)|E([-+]\d)))"
+    r"(?<![A-Za-z\d.\\])"
+    r"(?:(\d+\.\d*|\.\d+|1)[eE]([-+]?\d+)|(\d+)(?:[eE]([-+]?\d\d+)|[eE](\d)|E([-+]\d)))"
     r"(?![\d.A-Za-z(^])"
 )
 
@@ -124,12 +126,14 @@ def _scientific(match: re.Match) -> str:
     number, power = (group for group in match.groups() if group)
     return rf"{number}\cdot 10^{{{int(power)}}}"
 
-# %% ../nbs/09_notation.ipynb #5f692381
+# %% ../nbs/09_notation.ipynb #0a12aec7
 _NAMES = (
     "arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|infty|alpha|beta|theta|sin|cos|tan|cot|sec|csc|log"
     "|exp|pi|ln"
 )
 _UPRIGHT = r"\\(?:mathrm|text|textrm|textit|mathit|operatorname|mathbf|mathsf|rm)\*?\s*\{\s*"
+
+# %% ../nbs/09_notation.ipynb #823431be
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -182,7 +186,8 @@ _SHORT = r"(?:[mgshlLJNWVKCF]|[cmdk]m|k?mph|k?m/h|m/s|[mk]g|mL|ml|ft|in|hr|hrs|m
 _UNITS = re.compile(
     rf"(?P<number>{_DECIMAL}|\}})"
     r"(?P<unit>(?:\s*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}\d]*\})+"
-    rf"|\s+[A-Za-z]{{2,}}(?:[ ./]+[A-Za-z]{{2,}})*[ .]*|\s+{_SHORT}|(?<=\d)(?:[cmdk]m|[mk]g|ft|mL|ml))"
+    rf"|\s+[A-Za-z]{{2,}}(?:[ ./]+[A-Za-z]{{2,}})*[ .]*|\s+{_SHORT}"
+    r"|(?<=\d)(?:[cmdk]m|[mk]g|ft|mL|ml))"
     r"(?:\s*\^\s*(?:\d|\{\d\}))?\s*\.?$"
 )
 _ORDINAL = re.compile(
@@ -224,7 +229,8 @@ _NUMERAL = re.compile(
     rf"(?:(?<![\w)\]}}!])[-+])?(?:{_POWER}|\d+\\frac{_PART}{_PART}|{_FRACTION}|{_DECIMAL})"
 )
 _KNOWN = re.compile(
-    r"[-+]?\\infty|\\text\{,?(?:and|or|[ap]m)\}|\\(?:cup|cap|pm|in|ldots|approx|emptyset|begin|end|[{}%\\])"
+    r"[-+]?\\infty|\\text\{,?(?:and|or|[ap]m)\}"
+    r"|\\(?:cup|cap|pm|in|ldots|approx|emptyset|begin|end|[{}%\\])"
 )
 
 

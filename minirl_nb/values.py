@@ -329,4 +329,8 @@ def _check_gold(answer: str) -> bool:
     return equal(expression, expression) and not equal(expression, read("918273645"))
 
 
-CHECKS = {"math": check_math, "gym": _check_gym, "gold": _check_gold}
+CHECKS: dict[str, Callable[..., bool]] = {
+    "math": check_math,
+    "gym": _check_gym,
+    "gold": _check_gold,
+}
