@@ -16,6 +16,7 @@ __all__ = ['CHECKS', 'same', 'check_math', 'gym_dataset']
 import functools
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .answers import DEFAULT_RULES, TAIL, Rules, final_answer
