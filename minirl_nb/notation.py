@@ -94,7 +94,8 @@ _GROUPED = re.compile(rf"(?<![\d.,/])\d{{1,3}}(?:{_BLANK}\d{{3}})+(?!\d|\s*/)")
 _COMMAS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
 _SCIENTIFIC = re.compile(
-    r"(?<![A-Za-z\d.\\])(?:(\d+\.\d*|\.\d+|1)[eE]([-+]?\d+)|(\d+)(?:[eE]([-+]?\d\d+)|[eE](\d)|E([-+]\d)))"
+    r"(?<![A-Za-z\d.\\])(?:(\d+\.\d*|\.\d+|1)[eE]([-+]?\d+)|(\d+)(?:[eE]([-+]?\d\d+)|[eE](\d)"
+    r"|E([-+]\d)))"
     r"(?![\d.A-Za-z(^])"
 )
 
@@ -175,7 +176,8 @@ _SHORT = r"(?:[mgshlLJNWVKCF]|[cmdk]m|k?mph|k?m/h|m/s|[mk]g|mL|ml|ft|in|hr|hrs|m
 _UNITS = re.compile(
     rf"(?P<number>{_DECIMAL}|\}})"
     r"(?P<unit>(?:\s*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}\d]*\})+"
-    rf"|\s+[A-Za-z]{{2,}}(?:[ ./]+[A-Za-z]{{2,}})*[ .]*|\s+{_SHORT}|(?<=\d)(?:[cmdk]m|[mk]g|ft|mL|ml))"
+    rf"|\s+[A-Za-z]{{2,}}(?:[ ./]+[A-Za-z]{{2,}})*[ .]*|\s+{_SHORT}|(?<=\d)(?:[cmdk]m|[mk]g|ft|mL"
+    rf"|ml))"
     r"(?:\s*\^\s*(?:\d|\{\d\}))?\s*\.?$"
 )
 _ORDINAL = re.compile(
@@ -217,7 +219,8 @@ _NUMERAL = re.compile(
     rf"(?:(?<![\w)\]}}!])[-+])?(?:{_POWER}|\d+\\frac{_PART}{_PART}|{_FRACTION}|{_DECIMAL})"
 )
 _KNOWN = re.compile(
-    r"[-+]?\\infty|\\text\{,?(?:and|or|[ap]m)\}|\\(?:cup|cap|pm|in|ldots|approx|emptyset|begin|end|[{}%\\])"
+    r"[-+]?\\infty|\\text\{,?(?:and|or|[ap]m)\}|\\(?:cup|cap|pm|in|ldots|approx|emptyset|begin"
+    r"|end|[{}%\\])"
 )
 
 

@@ -158,7 +158,7 @@ def read_problems(
     problems, places, known = [], [], {}
     for where, row in FILES[path.suffix.lower()](path):
         identifier = str(row.get("id", where.rpartition("/")[2]))
-        problem = problem_of(row, *columns, where, identifier)
+        problem = problem_of(row, columns[0], columns[1], where, identifier)
         if problem.id in known:
             raise ValueError(f"{where}: the id {problem.id!r} was taken at {known[problem.id]}")
         known[problem.id] = where
@@ -265,7 +265,8 @@ def _asked(turns: list, column: str, where: str) -> Any:
         at = next((i for i, role in enumerate(roles) if role == "user"), 0)
         raise ValueError(
             f"{where}: {column!r} is a chat of the turns {', '.join(map(str, roles)) or 'none'}, "
-            f"where one of the user is expected; one of them is named '?problem={column}.{at}.content'"
+            f"where one of the user is expected; one of them is named "
+            f"'?problem={column}.{at}.content'"
             ", and a system turn '?system=TEXT'"
         )
     return turns[0]["content"]

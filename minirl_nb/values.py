@@ -16,6 +16,7 @@ __all__ = ['CHECKS', 'same', 'check_math', 'gym_dataset']
 import functools
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .answers import DEFAULT_RULES, TAIL, Rules, final_answer
@@ -129,7 +130,8 @@ _WORDS_OF_BASES = {
     "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
 _BASED = re.compile(
-    r"\(?(?P<digits>[0-9][0-9A-Za-z]*|[A-F]+[0-9A-F]*)\)?\s*_\s*(?:\{\s*(?P<long>\d+)\s*\}|(?P<short>\d)"
+    r"\(?(?P<digits>[0-9][0-9A-Za-z]*|[A-F]+[0-9A-F]*)\)?\s*_\s*(?:\{\s*(?P<long>\d+)\s*\}|"
+    r"(?P<short>\d)"
     r"|\{?\s*\\(?:text|mathrm)\s*\{\s*(?:base )?(?P<word>[a-z]+|\d+)\s*\}\s*\}?)"
 )
 
@@ -292,4 +294,8 @@ def _check_gold(answer: str) -> bool:
     return equal(expression, expression) and not equal(expression, read("918273645"))
 
 
-CHECKS = {"math": check_math, "gym": _check_gym, "gold": _check_gold}
+CHECKS: dict[str, Callable[..., bool]] = {
+    "math": check_math,
+    "gym": _check_gym,
+    "gold": _check_gold,
+}
