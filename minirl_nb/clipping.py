@@ -15,61 +15,25 @@ This module holds the mask and nothing else.
 # %% auto #0
 __all__ = ['Clip']
 
-# %% ../nbs/03_clipping.ipynb #d7af93fa
-from dataclasses import dataclass
+# %% ../nbs/03_clipping.ipynb #1df6cee0
 from typing import Literal
 
-from torch import Tensor
+from .trust import TrustRegion
 
-from .weights import log_ratio, sequence_mean
-
-# %% ../nbs/03_clipping.ipynb #26707b90
-@dataclass(frozen=True)
-class Clip:
+# %% ../nbs/03_clipping.ipynb #d8ecebd7
+def Clip(
+    low: float = 0.2,  # eps_low
+    high: float = 0.27,  # eps_high
+    ratio: Literal["token", "sequence"] = "token",
+) -> TrustRegion:
     """The mask M_t of Eq. 7: a token loses its gradient once the update has moved it far in its
     advantage's direction.
 
-    low, high: eps_low and eps_high of the trust region [1 - low, 1 + high] around pi_old.
-    ratio: "token" for r_t = pi/pi_old; "sequence" for GSPO's geometric mean of r_t over the
-        response.
+    The trust region is [1 - low, 1 + high] around pi_old, for r_t = pi/pi_old ("token") or for
+    GSPO's geometric mean of r_t over the response ("sequence"). ValueError for bounds below zero,
+    low >= 1 and another ratio.
     """
-
-    low: float = 0.2
-    high: float = 0.27
-    ratio: Literal["token", "sequence"] = "token"
-
-    def __post_init__(self):
-        if not (0 <= self.low < 1 and self.high >= 0):
-            raise ValueError(
-                f"clip bounds low = {self.low}, high = {self.high}: "
-                "low must lie in [0, 1), high must not be negative"
-            )
-        if self.ratio not in ("token", "sequence"):
-            raise ValueError(f"clip ratio {self.ratio!r} must be 'token' or 'sequence'")
-
-    def __call__(
-        self,
-        *,
-        logp: Tensor,  # [B, T] training engine, now
-        logp_old: Tensor,  # [B, T] training engine, before the updates
-        advantage: Tensor,  # [B]
-        response_mask: Tensor,  # [B, T]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # bool [B, T] each
-        """M_t, and which response tokens were clipped high and low. Tokens with A = 0 are kept.
-
-        ValueError if the shapes do not fit.
-        """
-        if advantage.shape != logp.shape[:1]:
-            raise ValueError(
-                f"advantage {tuple(advantage.shape)} must have shape [{logp.shape[0]}], "
-                "one per response"
-            )
-        log_r = log_ratio(
-            numerator=logp.detach(), denominator=logp_old.detach(), mask=response_mask
-        )
-        if self.ratio == "sequence":
-            log_r = sequence_mean(log_r, mask=response_mask)
-        r, a, mask = log_r.exp(), advantage[:, None], response_mask.bool()
-        high = (a > 0) & (r > 1 + self.high) & mask
-        low = (a < 0) & (r < 1 - self.low) & mask
-        return ~(high | low), high, low
+    over = {"token": "token", "sequence": "mean"}
+    if ratio not in over:
+        raise ValueError(f"clip ratio {ratio!r} must be 'token' or 'sequence'")
+    return TrustRegion(low, high, over=over[ratio])

@@ -180,26 +180,54 @@ class BatchConfig:
         "Prompts of one mini-batch."
         return self.prompts_per_rollout // self.updates
 
-# %% ../nbs/14_config.ipynb #b6c2554d
+# %% ../nbs/14_config.ipynb #94d48fc0
 @dataclass(frozen=True)
 class ObjectiveConfig:
     "The loss: a preset of `objective.PRESETS`, and what is changed in it."
 
     preset: Literal[
-        "minirl", "minirl_length_norm", "minirl_no_is", "reinforce", "grpo", "cispo", "gspo"
+        "minirl",
+        "minirl_length_norm",
+        "minirl_no_is",
+        "reinforce",
+        "grpo",
+        "cispo",
+        "gspo",
+        "dppo_tv",
+        "dppo_kl",
+        "trm",
+        "opsm",
+        "vespo",
     ] = "minirl"
     """Where the settings below start (`objective.PRESETS`)."""
-    weight: Literal["pi/mu", "pi/old", "old/mu", "none", "sequence", "geometric"] | None = None
+    weight: (
+        Literal["pi/mu", "pi/old", "old/mu", "none", "prefix", "sequence", "geometric"] | None
+    ) = None
     """Stop-gradient weight of a token; None: the preset's."""
     truncation: str | None = None
-    """Tail of the weight: "none", "tis:5", "mis:2", "icepop:0.5,5", "clamp:0.8,1.27", ...;
-    None: the preset's."""
+    """Tail of the weight: "none", "tis:5", "mis:2", "icepop:0.5,5", "clamp:0.8,1.27",
+    "gamma:2,3,3,2", ...; None: the preset's."""
     clip: bool | None = None
-    """Whether the mask M_t is on; None: as the preset."""
+    """Whether tokens outside the trust region lose their gradient (MiniRL's mask M_t);
+    None: as the preset."""
     clip_low: float | None = None
-    """eps_low; None: the preset's (0.2)."""
+    """Low bound, eps_low; None: the preset's (0.2)."""
     clip_high: float | None = None
-    """eps_high; None: the preset's (0.27)."""
+    """High bound, eps_high; None: the preset's (0.27)."""
+    clip_measure: Literal["ratio", "log_ratio", "tv", "kl", "k2", "k3"] | None = None
+    """What is compared with the bounds (page 02c); None: the preset's (ratio)."""
+    clip_anchor: Literal["old", "mu"] | None = None
+    """Whom pi is compared with: pi_old or the rollout engine; None: the preset's (old)."""
+    clip_over: Literal["token", "prefix", "mean", "max"] | None = None
+    """Test each token, the product up to it, or the response's mean or largest value;
+    None: the preset's (token)."""
+    clip_side: Literal["towards", "any", "negative"] | None = None
+    """Drop what moved in its advantage's direction, any movement, or any with A < 0;
+    None: the preset's (towards)."""
+    pi_old: Literal["recomputed", "rollout"] = "recomputed"
+    """Where pi_old comes from: a pass of the trainer before the updates, or the rollout
+    engine's log-probabilities (two policies: the pass is saved, and its metrics kl, k3 and entropy
+    are missing)."""
     advantage: Literal["mean", "mean_std", "none"] | None = None
     """Baseline and scale of the advantage; None: the preset's."""
     normalizer: Literal["responses", "response_length", "tokens"] | None = None

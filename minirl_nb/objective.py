@@ -15,10 +15,10 @@ of a response within its group.
 
 # %% auto #0
 __all__ = ['Advantage', 'Normalizer', 'TruncationOf', 'MINIRL', 'MINIRL_LENGTH_NORM',
-           'MINIRL_NO_IS', 'REINFORCE', 'GRPO', 'CISPO', 'GSPO', 'PRESETS', 'group_advantage',
-           'equal_groups', 'Objective']
+           'MINIRL_NO_IS', 'REINFORCE', 'GRPO', 'CISPO', 'GSPO', 'DPPO_TV', 'DPPO_KL', 'TRM',
+           'OPSM', 'VESPO', 'PRESETS', 'group_advantage', 'equal_groups', 'Objective']
 
-# %% ../nbs/04_objective.ipynb #33383ab0
+# %% ../nbs/04_objective.ipynb #52ace035
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -26,10 +26,19 @@ import torch
 from torch import Tensor
 
 from .clipping import Clip
+from minirl_nb.trust import (
+    DPPO_KL_REGION,
+    DPPO_TV_REGION,
+    OPSM_REGION,
+    TRM_MAX_REGION,
+    Together,
+    TrustRegion,
+)
 from minirl_nb.weights import (
     TIS,
     WEIGHTS,
     Clamp,
+    Gamma,
     Truncation,
     Weight,
     diagnostics,
@@ -91,7 +100,7 @@ def equal_groups(
     smallest = r.new_full((len(numbers),), torch.inf).scatter_reduce(0, index, r, "amin")
     return largest == smallest
 
-# %% ../nbs/04_objective.ipynb #3678881c
+# %% ../nbs/04_objective.ipynb #31be651f
 Advantage = Literal["mean", "mean_std", "none"]
 Normalizer = Literal["responses", "response_length", "tokens"]
 TruncationOf = Literal["weight", "discrepancy"]
@@ -104,7 +113,7 @@ class Objective:
 
     weight: the stop-gradient weight of a token (`weights.Weight`).
     truncation: what happens to its tail (`weights.TIS` and the like), or None.
-    clip: the mask M_t (`clipping.Clip`), or None.
+    clip: the mask M_t (`clipping.Clip`, or any `trust.TrustRegion`), or None.
     advantage: "mean" subtracts the group's mean; "mean_std" also divides by the group's std;
         "none" takes the reward itself.
     normalizer: "responses" is the mean over responses of the sum over tokens; "response_length"
@@ -122,7 +131,7 @@ class Objective:
 
     weight: Weight = "pi/mu"
     truncation: Truncation | None = TIS(5.0)
-    clip: Clip | None = Clip(0.2, 0.27)
+    clip: TrustRegion | Together | None = Clip(0.2, 0.27)
     advantage: Advantage = "mean"
     normalizer: Normalizer = "responses"
     truncation_of: TruncationOf = "weight"
@@ -144,7 +153,7 @@ class Objective:
                 "weights.truncation makes one from its name"
             )
         if not (self.clip is None or callable(self.clip)):
-            raise ValueError(f"clip = {self.clip!r} must be None or a clipping.Clip")
+            raise ValueError(f"clip = {self.clip!r} must be None or a trust.TrustRegion")
 
     def __call__(
         self,
@@ -238,12 +247,10 @@ class Objective:
         """
         mask = response_mask.bool()
         policies = dict(logp=logp, logp_old=logp_old, logp_mu=logp_mu, response_mask=mask)
-        w, truncated = self._truncated_weight(**policies)
+        w, truncated = self._truncated_weight(advantage, **policies)
         keep, high, low = ~torch.zeros_like(mask), torch.zeros_like(mask), torch.zeros_like(mask)
         if self.clip:
-            keep, high, low = self.clip(
-                logp=logp, logp_old=logp_old, advantage=advantage, response_mask=mask
-            )
+            keep, high, low = self.clip(**policies, advantage=advantage)
         # where, not a product: an untruncated weight may be inf, and inf * 0 is not 0
         counts = mask & keep & (advantage != 0)[:, None]
         c = torch.where(counts, w, 0.0) * advantage[:, None]
@@ -251,15 +258,15 @@ class Objective:
             c = c / mask.sum(-1, keepdim=True).clamp(min=1)
         return c, {"truncated": truncated, "clip_high": high, "clip_low": low}
 
-    def _truncated_weight(self, **policies: Tensor) -> tuple[Tensor, Tensor]:
+    def _truncated_weight(self, advantage: Tensor, **policies: Tensor) -> tuple[Tensor, Tensor]:
         "The weight [B, T] after the truncation of its tail, and which tokens that changed."
-        mask = policies["response_mask"]
+        mask, log_w = policies["response_mask"], log_weight(self.weight, **policies)
         if self.truncation is None:
-            return log_weight(self.weight, **policies).exp(), torch.zeros_like(mask)
+            return log_w.exp(), torch.zeros_like(mask)
         if self.truncation_of == "weight":
-            return self.truncation(log_weight(self.weight, **policies), mask=mask)
+            return self.truncation(log_w, mask=mask, advantage=advantage)
         log_discrepancy, log_staleness = log_factors(self.weight, **policies)
-        w, truncated = self.truncation(log_discrepancy, mask=mask)
+        w, truncated = self.truncation(log_discrepancy, mask=mask, advantage=advantage)
         return w * log_staleness.exp(), truncated
 
     def advantages(
@@ -282,7 +289,7 @@ class Objective:
         """
         return int(response_mask.sum()) if self.normalizer == "tokens" else response_mask.shape[0]
 
-# %% ../nbs/04_objective.ipynb #63587431
+# %% ../nbs/04_objective.ipynb #6d173d12
 MINIRL = Objective()
 MINIRL_LENGTH_NORM = replace(MINIRL, normalizer="response_length")
 MINIRL_NO_IS = replace(MINIRL, weight="pi/old")
@@ -304,6 +311,16 @@ GSPO = Objective(
     advantage="mean_std",
     normalizer="response_length",
 )
+# what came later: two policies, no pi_old
+DPPO_TV = Objective(truncation=None, clip=DPPO_TV_REGION)
+DPPO_KL = Objective(truncation=None, clip=DPPO_KL_REGION)
+TRM = Objective(truncation=None, clip=TRM_MAX_REGION)
+OPSM = Objective(
+    truncation=None,
+    clip=Together((TrustRegion(0.2, 0.2, anchor="mu"), OPSM_REGION)),
+    normalizer="response_length",
+)
+VESPO = Objective(weight="sequence", truncation=Gamma(), clip=None)
 PRESETS = {
     "minirl": MINIRL,
     "minirl_length_norm": MINIRL_LENGTH_NORM,
@@ -312,4 +329,9 @@ PRESETS = {
     "grpo": GRPO,
     "cispo": CISPO,
     "gspo": GSPO,
+    "dppo_tv": DPPO_TV,
+    "dppo_kl": DPPO_KL,
+    "trm": TRM,
+    "opsm": OPSM,
+    "vespo": VESPO,
 }

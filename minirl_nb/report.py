@@ -114,7 +114,7 @@ def _plot_accuracy(ax, evaluations: Sequence[dict]) -> None:
     if ax.lines:
         ax.legend(fontsize=6, ncols=2, loc="upper left")
 
-# %% ../nbs/14f_report.ipynb #74a6dd80
+# %% ../nbs/14f_report.ipynb #b92b1292
 def plot_run(
     rows: Sequence[dict],  # of metrics.jsonl
     path: str | Path | None = None,  # where to save the figure
@@ -133,12 +133,12 @@ def plot_run(
             (axes[2], "entropy", "token entropy, nats"),
             (axes[3], "kl", kl_title),
         ):
-            y = [r[key] for r in steps]
+            y = np.array([r[key] for r in steps], dtype=float)  # None, not measured, becomes NaN
             ax.plot(x, y, color="0.75", lw=0.8)
             label = "k1" if key == "kl" else None
             ax.plot(x, _moving_mean(y), color="0.1", lw=1.5, label=label)
             ax.set(xlabel="gradient step", title=title)
-        k3 = _moving_mean([r["k3"] for r in steps])
+        k3 = _moving_mean(np.array([r["k3"] for r in steps], dtype=float))
         axes[3].plot(x, k3, ":", color="0.1", lw=1.5, label="k3")
         axes[3].legend(fontsize=6)
         _plot_accuracy(axes[1], [r for r in rows if r["kind"] == "evaluation"])
@@ -210,7 +210,7 @@ class LivePlot:
     def close(self) -> None:
         pass
 
-# %% ../nbs/14f_report.ipynb #99136b4a
+# %% ../nbs/14f_report.ipynb #48e79ccb
 class ProgressBar:
     """Reward, accuracy, KL and entropy on one line; a warning, once, where the surrogate is
     shifted too far."""
@@ -238,10 +238,11 @@ class ProgressBar:
         evaluation = next((r for r in reversed(run.rows) if r["kind"] == "evaluation"), {})
         values = [v for k, v in evaluation.items() if k.startswith("accuracy/")]
         self.bar.n = run.step
-        self.bar.set_postfix_str(
-            f"reward {last['reward']:.2f}, accuracy {np.mean(values):.2f}, "
-            f"KL {last['kl']:.1e}, entropy {last['entropy']:.2f}"
-        )
+        shown = [f"reward {last['reward']:.2f}", f"accuracy {np.mean(values):.2f}"]
+        for name, key, digits in (("KL", "kl", ".1e"), ("entropy", "entropy", ".2f")):
+            if last[key] is not None:  # two policies measure neither
+                shown.append(f"{name} {last[key]:{digits}}")
+        self.bar.set_postfix_str(", ".join(shown))
         self.warn_of_shift(last)
 
     def warn_of_shift(self, last: dict) -> None:

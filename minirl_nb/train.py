@@ -182,10 +182,12 @@ def _readable(
             )
     return found
 
-# %% ../nbs/15_train.ipynb #a6d6e380
+# %% ../nbs/15_train.ipynb #2a32ee1e
 @torch.no_grad()
 def recompute(run: Run, step: Step) -> None:
-    "pi_old in the training engine: logp_old, entropy, and the routes that R2 will replay."
+    """pi_old in the training engine: logp_old, entropy, and the routes that R2 will replay.
+
+    With two policies the rollout engine's log-probabilities stand in, and no entropy is known."""
     r = step.rollout
     if run.replay == "none":
         r.routes = None
@@ -193,6 +195,21 @@ def recompute(run: Run, step: Step) -> None:
         shape = step.mu_routes.values.shape[1:]
         r.routes = Ragged.zeros(r.length, shape, step.mu_routes.dtype)
         r.routes_valid = r.token_mask
+    if run.config.objective.pi_old == "rollout":
+        step.logp_old, step.entropy = r.logp_mu, torch.full_like(r.logp_mu, torch.nan)
+    else:
+        _score(run, step)
+    if run.routers and run.config.output.monitor:
+        with timed(step.seconds, "monitor"):
+            step.live = {
+                i: live_routes(run, r, monitored_rows(run, step, i))
+                for i in range(len(step.minibatches))
+            }
+
+
+def _score(run: Run, step: Step) -> None:
+    "The pass of `recompute`: log-probabilities and entropies of all responses."
+    r = step.rollout
     step.logp_old, step.entropy = torch.zeros_like(r.logp_mu), torch.zeros_like(r.logp_mu)
     with timed(step.seconds, "recompute"):
         for rows, part in run.microbatches(r, torch.arange(len(r))):
@@ -206,12 +223,6 @@ def recompute(run: Run, step: Step) -> None:
             T = part.tokens.shape[1]
             step.logp_old[rows, :T], step.entropy[rows, :T] = logp.cpu(), entropy.cpu()
         run.finite(step.logp_old.sum(), "recompute", "log-probability of pi_old")
-    if run.routers and run.config.output.monitor:
-        with timed(step.seconds, "monitor"):
-            step.live = {
-                i: live_routes(run, r, monitored_rows(run, step, i))
-                for i in range(len(step.minibatches))
-            }
     step.tokens["recompute"] = int(r.length.sum())
 
 # %% ../nbs/15_train.ipynb #1d80c4c5

@@ -7,7 +7,7 @@ not multiply to its weight, by a cause that shows in the wrong factor, by a vari
 grow at the rate $\log(1+\chi^2)$ to a factor of two, by a discrepancy with no such length up to 17,
 or by a longer listed length at which the sequence weight wins again.
 
-This module holds the likelihood ratios, the six weights made of them, the statistics of a ratio
+This module holds the likelihood ratios, the seven weights made of them, the statistics of a ratio
 that a run logs, and the truncations that cut a weight's tail.
 """
 
@@ -16,7 +16,7 @@ that a run logs, and the truncations that cut a weight's tail.
 # %% auto #0
 __all__ = ['Weight', 'WEIGHTS', 'TRUNCATIONS', 'log_ratio', 'log_weight', 'log_factors',
            'sequence_mean', 'ratio_stats', 'diagnostics', 'Truncation', 'TIS', 'MIS', 'IcePop',
-           'Clamp', 'Geometric', 'truncation']
+           'Clamp', 'Geometric', 'Gamma', 'truncation']
 
 # %% ../nbs/02_weights.ipynb #0e651d85
 import math
@@ -49,8 +49,8 @@ def log_ratio(
     wide = torch.promote_types(wide, torch.float32)
     return torch.where(mask.bool(), numerator.to(wide) - denominator.to(wide), 0.0)
 
-# %% ../nbs/02_weights.ipynb #8d5565d2
-Weight = Literal["pi/mu", "pi/old", "old/mu", "none", "sequence", "geometric"]
+# %% ../nbs/02_weights.ipynb #740018be
+Weight = Literal["pi/mu", "pi/old", "old/mu", "none", "prefix", "sequence", "geometric"]
 WEIGHTS = get_args(Weight)
 
 
@@ -65,15 +65,16 @@ def log_weight(
     """Log of the weight of each token. Eq. 5 names the factors, Eqs. 4 and 7 have the token
     weight pi/mu.
 
-    "sequence" is the product of pi/mu over the response (Eq. 2), "geometric" GSPO's geometric
-    mean of pi/old over the response, "none" is one. ValueError for another kind or for shapes
-    that differ.
+    "sequence" is the product of pi/mu over the response (Eq. 2), "prefix" the product up to the
+    token itself, "geometric" GSPO's geometric mean of pi/old over the response, "none" is one.
+    ValueError for another kind or for shapes that differ.
     """
     if kind not in WEIGHTS:
         raise ValueError(f"unknown weight {kind!r}; the weights are {', '.join(WEIGHTS)}")
     over = {
         "pi/mu": (logp, logp_mu),
         "sequence": (logp, logp_mu),
+        "prefix": (logp, logp_mu),
         "pi/old": (logp, logp_old),
         "geometric": (logp, logp_old),
         "old/mu": (logp_old, logp_mu),
@@ -84,11 +85,13 @@ def log_weight(
     log_w = log_ratio(numerator=numerator.detach(), denominator=denominator.detach(), mask=mask)
     if kind == "sequence":
         return _sequence_sum(log_w)
+    if kind == "prefix":
+        return log_w.cumsum(-1)
     if kind == "geometric":
         return sequence_mean(log_w, mask=response_mask)
     return log_w
 
-# %% ../nbs/02_weights.ipynb #9f2f9889
+# %% ../nbs/02_weights.ipynb #515e2614
 def log_factors(
     kind: Weight,
     *,
@@ -112,6 +115,8 @@ def log_factors(
         return factor("old/mu"), factor("pi/old")
     if kind == "sequence":
         return _sequence_sum(factor("old/mu")), _sequence_sum(factor("pi/old"))
+    if kind == "prefix":
+        return factor("old/mu").cumsum(-1), factor("pi/old").cumsum(-1)
     if kind == "old/mu":
         return factor("old/mu"), factor("none")
     return factor("none"), factor(kind)
@@ -197,7 +202,7 @@ def _order_statistic(x: Tensor, share: float) -> Tensor:
     rank = math.ceil(share * x.numel())
     return x.kthvalue(min(max(rank, 1), x.numel())).values
 
-# %% ../nbs/02_weights.ipynb #98a30e22
+# %% ../nbs/02_weights.ipynb #d4ba9bfd
 def diagnostics(
     *,
     logp: Tensor,  # [B, T] training engine, now
@@ -208,7 +213,9 @@ def diagnostics(
     """`ratio_stats` of the three ratios of Eq. 5.
 
     Keys: `discrepancy/*` for pi_old/mu (its k1 is the paper's KL(mu_old || pi_old)),
-    `staleness/*` for pi/pi_old and `weight/*` for pi/mu, the product of the two.
+    `staleness/*` for pi/pi_old and `weight/*` for pi/mu, the product of the two. `response/chi2`
+    and `response/ess` are those of the weight pi(y)/mu(y) of whole responses: its variance, and
+    the share of the responses that it makes use of.
     """
     ratios = {"discrepancy": "old/mu", "staleness": "pi/old", "weight": "pi/mu"}
     out = {}
@@ -218,18 +225,22 @@ def diagnostics(
         )
         stats = ratio_stats(log_w, mask=response_mask)
         out |= {f"{name}/{k}": v for k, v in stats.items()}
-    return out
+    log_w = log_ratio(numerator=logp, denominator=logp_mu, mask=response_mask)
+    of_response = ratio_stats(log_w.double().sum(-1), mask=response_mask.any(-1))
+    return out | {f"response/{k}": of_response[k] for k in ("chi2", "ess")}
 
-# %% ../nbs/02_weights.ipynb #d1d96663
+# %% ../nbs/02_weights.ipynb #13998aa4
 class Truncation(Protocol):
     """What to do with the tail of a weight.
 
     From log weights [B, T] and the response mask [B, T] it makes the weights [B, T] and says
-    which response tokens it changed, bool [B, T]. NaN must come out as NaN, so that it reaches
-    the loss and stops the run.
+    which response tokens it changed, bool [B, T]. The advantage [B] is for those that treat its
+    signs differently. NaN must come out as NaN, so that it reaches the loss and stops the run.
     """
 
-    def __call__(self, log_w: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, log_w: Tensor, *, mask: Tensor, advantage: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def _bounds(low, high):
@@ -252,7 +263,7 @@ class TIS:
     def __post_init__(self):
         _bounds(0, self.cap)
 
-    def __call__(self, log_w, mask):
+    def __call__(self, log_w, mask, advantage=None):
         w = log_w.exp()  # may be inf, and min(inf, cap) is the cap
         return w.clamp(max=self.cap), (w > self.cap) & mask.bool()
 
@@ -266,11 +277,11 @@ class MIS:
     def __post_init__(self):
         _bounds(0, self.cap)
 
-    def __call__(self, log_w, mask):
+    def __call__(self, log_w, mask, advantage=None):
         w = log_w.exp()
         return w.masked_fill(w > self.cap, 0.0), (w > self.cap) & mask.bool()
 
-# %% ../nbs/02_weights.ipynb #a02bb56d
+# %% ../nbs/02_weights.ipynb #50e474fd
 @dataclass(frozen=True)
 class IcePop:
     "w if low <= w <= high else 0: both tails are dropped (Ring-1T: 0.5 and 5)."
@@ -281,7 +292,7 @@ class IcePop:
     def __post_init__(self):
         _bounds(self.low, self.high)
 
-    def __call__(self, log_w, mask):
+    def __call__(self, log_w, mask, advantage=None):
         w = log_w.exp()
         dropped = (w < self.low) | (w > self.high)  # false for NaN
         return w.masked_fill(dropped, 0.0), dropped & mask.bool()
@@ -300,7 +311,7 @@ class Clamp:
     def __post_init__(self):
         _bounds(self.low, self.high)
 
-    def __call__(self, log_w, mask):
+    def __call__(self, log_w, mask, advantage=None):
         w = log_w.exp()
         return w.clamp(self.low, self.high), ((w < self.low) | (w > self.high)) & mask.bool()
 
@@ -318,17 +329,56 @@ class Geometric:
     def __post_init__(self):
         _bounds(self.low, self.high)
 
-    def __call__(self, log_w, mask):
+    def __call__(self, log_w, mask, advantage=None):
         mean = sequence_mean(log_w, mask=mask).exp()
         dropped = (mean < self.low) | (mean > self.high)
         return log_w.exp().masked_fill(dropped, 0.0), dropped & mask.bool()
 
-# %% ../nbs/02_weights.ipynb #8e3dceca
-TRUNCATIONS = {"tis": TIS, "mis": MIS, "icepop": IcePop, "clamp": Clamp, "geometric": Geometric}
+# %% ../nbs/02_weights.ipynb #e5513442
+@dataclass(frozen=True)
+class Gamma:
+    """w^c1 exp(c2 (1 - w)), VESPO's kernel (2602.10693, Eq. 20), for the weight "sequence".
+
+    c1, c2 for A >= 0, and c1_negative, c2_negative for A < 0; (1, 0) leaves the weight as it is.
+    Reported as changed are the tokens whose weight became smaller. Its call needs the advantage.
+    """
+
+    c1: float = 2.0
+    c2: float = 3.0
+    c1_negative: float = 3.0
+    c2_negative: float = 2.0
+
+    def __post_init__(self):
+        values = (self.c1, self.c2, self.c1_negative, self.c2_negative)
+        if not all(0 <= c < math.inf for c in values):
+            raise ValueError(f"kernel exponents {values} must be finite and not negative")
+
+    def __call__(self, log_w, mask, advantage=None):
+        if advantage is None:
+            raise ValueError("the gamma kernel needs the advantage of each response")
+        negative, number = (advantage < 0)[:, None], log_w.new_tensor
+        c1 = torch.where(negative, number(self.c1_negative), number(self.c1))
+        c2 = torch.where(negative, number(self.c2_negative), number(self.c2))
+        finite = log_w.clamp(-1e4, 1e4)  # exp(-1e4) is zero already, and inf - inf would be NaN
+        w = finite.exp()
+        fall = torch.where(c2 > 0, c2 * (1 - w), 0.0)  # 0 * inf is NaN
+        # a NaN must pass, also where its exponent is zero
+        bent = (c1 * finite + fall).exp() + 0 * finite
+        return bent, (bent < w) & mask.bool()
+
+# %% ../nbs/02_weights.ipynb #f772b384
+TRUNCATIONS = {
+    "tis": TIS,
+    "mis": MIS,
+    "icepop": IcePop,
+    "clamp": Clamp,
+    "geometric": Geometric,
+    "gamma": Gamma,
+}
 
 
 def truncation(
-    spec: str,  # "none", "tis:5", "mis:2", "icepop:0.5,5", "clamp:0.8,1.27", "geometric:0.99,1.01"
+    spec: str,  # "none", "tis:5", "mis:2", "icepop:0.5,5", "clamp:0.8,1.27", "gamma:2,3,3,2", ...
 ) -> Truncation | None:
     """A truncation from its short form; ValueError if the form is unknown or its bounds make no
     sense.

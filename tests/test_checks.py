@@ -11,6 +11,8 @@ from minirl_nb.checks import check, objective_of
 from minirl_nb.cli import main
 from minirl_nb.clipping import Clip
 from minirl_nb.config import config_yaml, load_config
+from minirl_nb.trust import TRM_MAX_REGION, TrustRegion
+from minirl_nb.weights import Gamma
 
 
 def test_objective_of_a_config():
@@ -21,6 +23,12 @@ def test_objective_of_a_config():
     o = objective_of(load_config(None, c))
     assert o.clip is None and o.truncation is None and o.normalizer == "tokens"
     assert objective_of(load_config(None, {"objective.clip_low": 0.1})).clip == Clip(0.1, 0.27)
+    fields = {"measure": "k3", "anchor": "mu", "over": "mean", "side": "negative", "high": 0.01}
+    o = objective_of(load_config(None, {f"objective.clip_{k}": v for k, v in fields.items()}))
+    assert o.clip == TrustRegion(0.2, **fields)
+    c = {"objective.weight": "prefix", "objective.preset": "trm", "objective.truncation": "gamma"}
+    o = objective_of(load_config(None, c))
+    assert (o.weight, o.truncation, o.clip) == ("prefix", Gamma(), TRM_MAX_REGION)
     with pytest.raises(ValueError, match="clip_low"):
         objective_of(load_config(None, {"objective.clip_low": 0.1, "objective.preset": "cispo"}))
 
@@ -32,6 +40,10 @@ def test_objective_of_a_config():
         ({"model.path": "no/such/model"}, "there is no folder no/such/model"),
         ({"rollout.max_new_tokens": 5000}, "positions"),
         ({"objective.truncation": "tsi:5"}, "unknown truncation 'tsi:5'"),
+        ({"objective.pi_old": "rollout", "objective.replay": "R2"}, "objective.replay is R2"),
+        ({"objective.clip_measure": "tv", "objective.clip_over": "mean"}, "has no direction"),
+        ({"objective.clip_side": "any", "objective.preset": "vespo"}, "vespo has no clip"),
+        ({"objective.clip_high": 0.1, "objective.preset": "opsm"}, "has 2 trust regions"),
         ({"task.name": "missing.jsonl"}, "missing.jsonl"),
         ({"task.name": "EMPTY"}, "empty.jsonl"),
         ({"task.name": "BROKEN"}, "broken.jsonl"),

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_batches import PROPERTY, batches, make
+from textbook_masks import dppo_kl, dppo_tv, one_by_one, opsm, trm_max
 
 from minirl_nb.clipping import Clip
 from minirl_nb.exact import (
@@ -21,18 +22,24 @@ from minirl_nb.exact import (
 )
 from minirl_nb.objective import (
     CISPO,
+    DPPO_KL,
+    DPPO_TV,
     GRPO,
     GSPO,
     MINIRL,
     MINIRL_LENGTH_NORM,
     MINIRL_NO_IS,
+    OPSM,
     PRESETS,
     REINFORCE,
+    TRM,
+    VESPO,
     Objective,
     equal_groups,
     group_advantage,
 )
-from minirl_nb.weights import MIS, TIS, Clamp, Geometric, IcePop
+from minirl_nb.trust import CTPO_REGION, TRM_MEAN_REGION
+from minirl_nb.weights import MIS, TIS, Clamp, Gamma, Geometric, IcePop
 
 EPS = torch.finfo(torch.float64).eps
 seeds = st.integers(0, 2**31)
@@ -117,7 +124,48 @@ def length_norm(b, logp):
     return total / len(logp)
 
 
+def without(b, logp, gone):
+    "E_mu[A sum_t rho_t] over the tokens that a mask leaves, one response at a time."
+    total = 0.0 * logp.sum()  # all may be gone
+    for i in range(len(logp)):
+        for t in tokens_of(b, i):
+            if (i, t) not in gone:
+                total = total + (logp[i, t] - b.logp_mu[i, t]).exp() * b.advantage[i]
+    return total / len(logp)
+
+
+def opsm_form(b, logp):
+    "2512.02556: GRPO's loss with the rollout engine in the place of pi_old, times the mask."
+
+    def ppo_drops(pi, old, mu, a):
+        return a > 0 and pi / mu > 1.2 or a < 0 and pi / mu < 0.8
+
+    gone = opsm(b) | one_by_one(b, ppo_drops)
+    return sum(
+        without(b.rows([i]), logp[i : i + 1], {(0, t) for j, t in gone if j == i})
+        / len(tokens_of(b, i))
+        for i in range(len(logp))
+    ) / len(logp)
+
+
+def vespo(b, logp):
+    "2602.10693, Eq. 20."
+    total = 0.0
+    for i in range(len(logp)):
+        y, a = tokens_of(b, i), float(b.advantage[i])
+        W = math.prod(math.exp(b.logp[i, t] - b.logp_mu[i, t]) for t in y)
+        c1, c2 = (2, 3) if a >= 0 else (3, 2)
+        phi = W**c1 * math.exp(c2 * (1 - W)) if W < 200 else 0.0
+        total = total + sum(phi * a * logp[i, t] for t in y)
+    return total / len(logp)
+
+
 TEXTBOOK = {
+    "dppo_tv": (DPPO_TV, lambda b, logp: without(b, logp, dppo_tv(b))),
+    "dppo_kl": (DPPO_KL, lambda b, logp: without(b, logp, dppo_kl(b))),
+    "trm": (TRM, lambda b, logp: without(b, logp, trm_max(b))),
+    "opsm": (OPSM, opsm_form),
+    "vespo": (VESPO, vespo),
     "minirl": (MINIRL, eq7),
     "minirl_no_is": (MINIRL_NO_IS, no_is),
     "minirl_length_norm": (MINIRL_LENGTH_NORM, length_norm),
@@ -187,6 +235,8 @@ MANY = [
     Objective(truncation=Geometric(0.8, 1.2), normalizer="tokens"),
     Objective(weight="none", truncation=None, clip=None),
     Objective(weight="sequence", truncation=TIS(), truncation_of="discrepancy"),
+    Objective(weight="prefix", truncation=None, clip=CTPO_REGION),
+    Objective(weight="prefix", truncation=Gamma(), clip=TRM_MEAN_REGION),
 ]
 
 
@@ -474,12 +524,13 @@ def test_a_nan_on_a_response_token_reaches_the_loss(b_nan):
         uses = {
             "logp": True,
             "logp_old": objective.clip is not None
-            or objective.weight not in ("pi/mu", "none", "sequence"),
-            "logp_mu": objective.weight in ("pi/mu", "sequence", "old/mu"),
+            or objective.weight not in ("pi/mu", "none", "prefix", "sequence"),
+            "logp_mu": objective.weight in ("pi/mu", "prefix", "sequence", "old/mu"),
         }[b_nan]
         _, s = objective(**b.named())
         assert any(math.isnan(v) for v in s.values())  # the statistics always show it
-        if uses and not (b_nan == "logp_old" and objective.weight in ("pi/mu", "sequence")):
+        follows_mu = objective.weight in ("pi/mu", "prefix", "sequence")
+        if uses and not (b_nan == "logp_old" and follows_mu):
             assert not torch.isfinite(objective.loss(**b.named())), objective
 
 
@@ -506,6 +557,28 @@ def test_presets_are_the_papers_settings():
     assert MINIRL == Objective("pi/mu", TIS(5.0), Clip(0.2, 0.27), "mean", "responses")
     assert CISPO.truncation == Clamp(0.8, 1.27) and GSPO.clip == Clip(3e-4, 4e-4, "sequence")
     assert {o.advantage for o in (GRPO, CISPO, GSPO)} == {"mean_std"}
+
+
+@PROPERTY
+@given(batches, st.sampled_from(["pi/mu", "prefix", "sequence"]))
+def test_rejection_and_weighting_combine_freely(b, weight):
+    "The mask drops tokens and leaves the weights of the others, and other masks, as they are."
+    plain = Objective(weight=weight, truncation=None, clip=None)
+    _, free = loss_and_grad(plain, b)
+    for region in (CTPO_REGION, TRM_MEAN_REGION, DPPO_TV.clip, OPSM.clip, MINIRL.clip):
+        keep, _, _ = region(**b.named())
+        _, g = loss_and_grad(replace(plain, clip=region), b)
+        assert torch.equal(g, torch.where(keep, free, 0.0))
+
+
+@PROPERTY
+@given(batches)
+def test_the_later_presets_do_not_look_at_pi_old(b):
+    "A run of two policies need not recompute it."
+    for objective in (DPPO_TV, DPPO_KL, TRM, OPSM, VESPO):
+        got = loss_and_grad(objective, replace(b, logp_old=b.logp_mu))
+        for x, y in zip(got, loss_and_grad(objective, b)):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.gpu

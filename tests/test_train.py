@@ -305,3 +305,30 @@ def test_packed_micro_batches_train_like_padded_ones(tmp_path, coldstart):
         for a, b in zip(*rows):
             for key in ("loss", "grad_norm", "entropy", "kl", "discrepancy/flip"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (replay, key)
+
+
+def test_two_policies_save_the_pass_and_train_the_same(coldstart, tmp_path):
+    """A loss that does not look at pi_old gives the same run, bit for bit, without the pass that
+    recomputes it; what only that pass measures is missing and not zero.
+    """
+    from minirl_nb.report import plot_run
+
+    found = {}
+    for pi_old in ("recomputed", "rollout"):
+        changes = {"objective.preset": "dppo_tv", "objective.pi_old": pi_old, "steps": 4}
+        config = small(tmp_path / pi_old, coldstart, **changes)
+        found[pi_old] = train(config), metrics(tmp_path / pi_old)
+    (_, three), (result, two) = found.values()
+    steps = [(a, b) for a, b in zip(three, two) if a["kind"] == "step"]
+    assert len(steps) == 4 and len(three) == len(two)
+    same = ("loss", "grad_norm", "reward", "clip_high", "clip_low", "weight/k3", "response/ess")
+    for a, b in steps:
+        assert {k: a[k] for k in same} == {k: b[k] for k in same}
+        assert b["kl"] is None and b["k3"] is None and b["entropy"] is None
+        assert a["k3"] > 0 and a["entropy"] > 0
+        # all of the shift counts as the update's
+        assert b["staleness/k3"] == b["weight/k3"] and b["discrepancy/k3"] == 0
+    timed_rows = [r for r in result.rows if r["kind"] == "step"]
+    assert not any("recompute" in key for r in timed_rows for key in r)
+    plot_run(result.rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
