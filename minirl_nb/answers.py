@@ -58,7 +58,8 @@ DEFAULT_RULES = Rules()
 TAIL = 4000  # the longest answer, and what is searched of a response without a box, in characters
 
 _BRACE = re.compile(
-    r"\\{1,2}(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:(?P<open>\{)|(?P<bare>-?[\d.,]*\d))?|\\.|[{}]",
+    r"\\{1,2}(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:(?P<open>\{)|(?P<bare>-?[\d.,]*\d))?"
+    r"|\\.|[{}]",
     re.DOTALL,
 )
 _LAYOUT = (

@@ -47,7 +47,7 @@ def _ascii(text: str) -> str:
             out.append(sign)
     return "".join(out)
 
-# %% ../nbs/09_notation.ipynb #9fb82fd9
+# %% ../nbs/09_notation.ipynb #3bef9039
 _AROUND = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -64,7 +64,8 @@ _AROUND = [
     )
 ]
 _MARKS = re.compile(
-    r"(?:\s|(?<!\.\.)(?<!\\ldots )(?<!\\)[.]|(?<!\\)[,;:]|\\[,;:! ]|~|\\text\{\s*[.,;:]?\s*\})+$"
+    r"(?:\s|(?<!\.\.)(?<!\\ldots )(?<!\\)[.]|(?<!\\)[,;:]|\\[,;:! ]|~|\\\\"
+    r"|\\text\{\s*[.,;:]?\s*\})+$"
 )
 
 
@@ -88,25 +89,30 @@ def _bare(text: str) -> str:
         if text == before:
             return text
 
-# %% ../nbs/09_notation.ipynb #7b494d6b
+# %% ../nbs/09_notation.ipynb #27c54336
 _BLANK = r"(?:\{\\?,\}|,\\[!,]\s*|(?<!\\)\\[,;:! ]\s*|~|\\thinspace\s*| )"
 _GROUPED = re.compile(rf"(?<![\d.,/])\d{{1,3}}(?:{_BLANK}\d{{3}})+(?!\d|\s*/)")
-_COMMAS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_COMMAS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
 _SCIENTIFIC = re.compile(
-    r"(?<![A-Za-z\d.\\])(?:(\d+\.\d*|\.\d+|1)[eE]([-+]?\d+)|(\d+)(?:[eE]([-+]?\d\d+)|[eE](\d)|E([-+]\d)))"
+    r"(?<![A-Za-z\d.\\])"
+    r"(?:(\d+\.\d*|\.\d+|1)[eE]([-+]?\d+)|(\d+)(?:[eE]([-+]?\d\d+)|[eE](\d)|E([-+]\d)))"
     r"(?![\d.A-Za-z(^])"
 )
 
 
 def _without_commas(text: str) -> str:
-    "12,345 -> 12345 where the comma separates thousands."
-    if len(_COMMAS.findall(text)) > 1 or "," in _COMMAS.sub("", text):
+    """12,345 -> 12345 where the comma separates thousands: the only one, outside of brackets; or
+    where commas with a blank, or words, separate members."""
+    numbers = _COMMAS.findall(text)
+    others = _COMMAS.sub("", text)
+    if not numbers or re.search(r",(?!\s)", others):
         return text
-    match = _COMMAS.search(text)
-    if match is None or re.search(r"[(\[]|\\\{", text[: match.start()]):
-        return text
-    return text.replace(match[0], match[0].replace(",", ""))
+    if not re.search(r",\s|(?<![A-Za-z])(?:and|or)(?![A-Za-z])", others):
+        first = text[: _COMMAS.search(text).start()]
+        if len(numbers) > 1 or re.search(r"[(\[]|\\\{", first):
+            return text
+    return _COMMAS.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def _repeating(match: re.Match) -> str:
@@ -120,12 +126,14 @@ def _scientific(match: re.Match) -> str:
     number, power = (group for group in match.groups() if group)
     return rf"{number}\cdot 10^{{{int(power)}}}"
 
-# %% ../nbs/09_notation.ipynb #7f82cef2
+# %% ../nbs/09_notation.ipynb #0a12aec7
 _NAMES = (
     "arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|infty|alpha|beta|theta|sin|cos|tan|cot|sec|csc|log"
     "|exp|pi|ln"
 )
 _UPRIGHT = r"\\(?:mathrm|text|textrm|textit|mathit|operatorname|mathbf|mathsf|rm)\*?\s*\{\s*"
+
+# %% ../nbs/09_notation.ipynb #823431be
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -136,7 +144,10 @@ _REWRITES = [
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\s*\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it)(?![A-Za-z])\s*", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\phantom\s*\{[^{}]*\}", ""),
+        (r"\\(?:textnormal|textup|textsf|textrm|mbox|hbox)\s*\{", r"\\text{"),
+        (r"\\phantom\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}", ""),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
         # constants and functions, upright or plain
         (_UPRIGHT + r"(e|i|\\pi)\s*\}", r"\1 "),
         (_UPRIGHT + rf"({_NAMES})\s*\}}", r"\\\1 "),
@@ -175,7 +186,8 @@ _SHORT = r"(?:[mgshlLJNWVKCF]|[cmdk]m|k?mph|k?m/h|m/s|[mk]g|mL|ml|ft|in|hr|hrs|m
 _UNITS = re.compile(
     rf"(?P<number>{_DECIMAL}|\}})"
     r"(?P<unit>(?:\s*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}\d]*\})+"
-    rf"|\s+[A-Za-z]{{2,}}(?:[ ./]+[A-Za-z]{{2,}})*[ .]*|\s+{_SHORT}|(?<=\d)(?:[cmdk]m|[mk]g|ft|mL|ml))"
+    rf"|\s+[A-Za-z]{{2,}}(?:[ ./]+[A-Za-z]{{2,}})*[ .]*|\s+{_SHORT}"
+    r"|(?<=\d)(?:[cmdk]m|[mk]g|ft|mL|ml))"
     r"(?:\s*\^\s*(?:\d|\{\d\}))?\s*\.?$"
 )
 _ORDINAL = re.compile(
@@ -192,13 +204,13 @@ def _without_unit(text: str) -> str:
     changed = any(_CHANGES.fullmatch(word) for word in words)
     return text if changed or not words else text[: match.start("unit")].rstrip()
 
-# %% ../nbs/09_notation.ipynb #50eba312
+# %% ../nbs/09_notation.ipynb #734a8721
 _SPACES = re.compile(r"(?<!\\)\\[,;:! ]|~|\\(?:q?quad|thinspace|enspace)(?![A-Za-z])|\s+")
 
 
 def canonical(text: str) -> str:
     "An answer as LaTeX that math-verify reads, and in which equal typings are equal texts."
-    text = _bare(_ascii(text))
+    text = re.sub(r"(?<=\d)[^\S\n]*\n\s*(?=\d)", ", ", _bare(_ascii(text)))
     text = _GROUPED.sub(lambda m: re.sub(_BLANK, "", m[0]), text)
     text = re.sub(r"\{\\?,\}", ",", text)
     for pattern, replacement in _REWRITES:
@@ -217,7 +229,8 @@ _NUMERAL = re.compile(
     rf"(?:(?<![\w)\]}}!])[-+])?(?:{_POWER}|\d+\\frac{_PART}{_PART}|{_FRACTION}|{_DECIMAL})"
 )
 _KNOWN = re.compile(
-    r"[-+]?\\infty|\\text\{,?(?:and|or|[ap]m)\}|\\(?:cup|cap|pm|in|ldots|approx|emptyset|begin|end|[{}%\\])"
+    r"[-+]?\\infty|\\text\{,?(?:and|or|[ap]m)\}"
+    r"|\\(?:cup|cap|pm|in|ldots|approx|emptyset|begin|end|[{}%\\])"
 )
 
 

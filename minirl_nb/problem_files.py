@@ -154,11 +154,11 @@ def read_problems(
     if not path.is_file():
         folder = " (it is a folder)" if path.is_dir() else ""
         raise FileNotFoundError(f"there is no file {path}{folder}")
-    columns = [options.get(name) or name for name in ("problem", "answer")]
+    question, solution = (options.get(name) or name for name in ("problem", "answer"))
     problems, places, known = [], [], {}
     for where, row in FILES[path.suffix.lower()](path):
         identifier = str(row.get("id", where.rpartition("/")[2]))
-        problem = problem_of(row, *columns, where, identifier)
+        problem = problem_of(row, question, solution, where, identifier)
         if problem.id in known:
             raise ValueError(f"{where}: the id {problem.id!r} was taken at {known[problem.id]}")
         known[problem.id] = where
@@ -265,8 +265,8 @@ def _asked(turns: list, column: str, where: str) -> Any:
         at = next((i for i, role in enumerate(roles) if role == "user"), 0)
         raise ValueError(
             f"{where}: {column!r} is a chat of the turns {', '.join(map(str, roles)) or 'none'}, "
-            f"where one of the user is expected; one of them is named '?problem={column}.{at}.content'"
-            ", and a system turn '?system=TEXT'"
+            "where one of the user is expected; one of them is named "
+            f"'?problem={column}.{at}.content', and a system turn '?system=TEXT'"
         )
     return turns[0]["content"]
 

@@ -215,7 +215,11 @@ TAGGED = (
     "{problem}\n\nReason step by step, and put the final answer between <answer> and </answer>."
 )
 
-VERIFIERS = {"math": verify_math, "arithmetic": verify_arithmetic, "exact": verify_exact}
+VERIFIERS: dict[str, Callable] = {
+    "math": verify_math,
+    "arithmetic": verify_arithmetic,
+    "exact": verify_exact,
+}
 _TEMPLATES = {"math": BOXED, "arithmetic": "{problem}=", "exact": "{problem}"}
 
 # A reader takes a folder of local copies and a revision, each possibly None, and returns the
@@ -441,8 +445,8 @@ def _unknown(name: str, body: str) -> str:
     "Why a string names no task, and what would."
     if Path(body).exists():
         return (
-            f"task {name!r}: problems are read from files ({', '.join(FILES)}); a local data set folder "
-            f"is 'hf:{body}'"
+            f"task {name!r}: problems are read from files ({', '.join(FILES)}); "
+            f"a local data set folder is 'hf:{body}'"
         )
     near = difflib.get_close_matches(body, ["arithmetic", *_published], 1)
     if near:
@@ -469,8 +473,9 @@ def _with_benchmark(task: Task, key: str, given: str) -> Task:
     named = [option for option in (*_PROMPT_OPTIONS, *_JUDGED) if option in options]
     if named:
         raise ValueError(
-            f"benchmark {key!r} ({given}) names {named[0]!r}, but it is put to the model and judged "
-            "as the task's problems are: say it in the task's name"
+            f"benchmark {key!r} ({given}) names {named[0]!r}, "
+            "but it is put to the model and judged as the task's problems are: "
+            "say it in the task's name"
         )
     return replace(
         task,

@@ -16,6 +16,7 @@ __all__ = ['CHECKS', 'same', 'check_math', 'gym_dataset']
 import functools
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .answers import DEFAULT_RULES, TAIL, Rules, final_answer
@@ -39,7 +40,7 @@ def _split(text: str, at: str) -> list[str]:
             depth += 1 if match[0][-1] in "([{" else -1
     return [*parts, text[start:].strip()]
 
-# %% ../nbs/09_values.ipynb #5258bff1
+# %% ../nbs/09_values.ipynb #673d92d2
 def _is_number(text: str) -> bool:
     expression = read(text)
     return expression is not None and bool(getattr(expression, "is_number", False))
@@ -56,10 +57,23 @@ def _chain(text: str) -> str | None:
     return sides[-1] if sides[-1] in numbers or not numbers else numbers[-1]
 
 
+def _approximated(gold: str, given: str, rules: Rules) -> bool:
+    "An exact value and its approximation, of which a decimal gold answer asks for the latter."
+    value, _, decimal = (part.strip() for part in given.partition(r"\approx"))
+    if not _is_number(value):
+        return same(gold, decimal, rules)
+    if not _is_number(decimal):
+        return False
+    a, b = (complex(read(side).evalf()) for side in (value, decimal))
+    if abs(a - b) > 0.01 * abs(a):
+        return False
+    return same(gold, value, rules) or "." in gold and same(gold, decimal, rules)
+
+
 def _relations(gold: str, given: str, rules: Rules) -> bool | None:
     signs, given_signs = _INEQUALITY.findall(gold), _INEQUALITY.findall(given)
     if given_signs == [r"\approx"] and not signs:
-        return same(gold, given.rpartition(r"\approx")[2].strip(), rules)
+        return _approximated(gold, given, rules)
     if bool(signs) != bool(given_signs):
         other = gold if given_signs else given
         return None if _SET.search(other) else False
@@ -68,7 +82,7 @@ def _relations(gold: str, given: str, rules: Rules) -> bool | None:
         if not all(heads) or heads[0][0] != heads[1][0]:
             return False
         return same(gold[heads[0].end() :].strip(), given[heads[1].end() :].strip(), rules)
-    if signs or "," in given or not _EQUALS.search(gold + given):
+    if signs or len(_members(given)) > 1 or not _EQUALS.search(gold + given):
         return None
     if not _EQUALS.search(given):  # of the gold answer, only a chain of numbers has a value
         last = _chain(gold)
@@ -80,7 +94,7 @@ def _relations(gold: str, given: str, rules: Rules) -> bool | None:
         return None
     return last is not None and same(gold, last, rules)
 
-# %% ../nbs/09_values.ipynb #0d18bcf1
+# %% ../nbs/09_values.ipynb #804ffd37
 _AND = r",|;|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
 _DOTS = r"\\ldots(?![A-Za-z])"
 
@@ -92,12 +106,25 @@ def _members(text: str) -> list[str]:
     return [part for part in _split(text, _AND) if part]
 
 
+def _assigned(members: list[str]) -> list[str] | None:
+    "The values of members that all give one variable a value: x = 5, x = 6."
+    matches = [re.fullmatch(r"([A-Za-z])\s*=\s*([^=]+)", member) for member in members]
+    if not all(matches) or len({m[1] for m in matches}) > 1:
+        return None
+    return [m[2] for m in matches]
+
+
 def _lists(gold: str, given: str, rules: Rules) -> bool | None:
     wanted, found = _members(gold), _members(given)
     if max(len(wanted), len(found)) < 2 or r"\pm" in gold + given:
         return None
-    if {gold[0], given[0]} == {"(", "\\"} and gold[-1] + given[-1] in (r")}", r"})"):
-        return False  # a point, and a set of its coordinates
+    if {gold[0], given[0]} == {"(", "\\"} and {gold[-2:], given[-2:]} & {r"\}"}:
+        point = gold if gold[0] == "(" else given
+        if len(_split(point, ",")) == 1 and point.endswith(")"):
+            return False  # a point, and a set of its coordinates
+    values = [_assigned(members) for members in (wanted, found)]
+    if (values[0] is None) != (values[1] is None):
+        return same(", ".join(values[0] or wanted), ", ".join(values[1] or found), rules)
     if len(wanted) != len(found):
         brackets = [text for text in (gold, given) if _SET.fullmatch(text)]
         return None if brackets else False  # (3, 4) and x = 3, y = 4: math-verify says
@@ -123,14 +150,14 @@ def _dots(gold: str, given: str, rules: Rules) -> bool | None:
             return False
     return len(wanted) == len(found)
 
-# %% ../nbs/09_values.ipynb #5cfa80dd
+# %% ../nbs/09_values.ipynb #20a6ac20
 _WORDS_OF_BASES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
     "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
 _BASED = re.compile(
-    r"\(?(?P<digits>[0-9][0-9A-Za-z]*|[A-F]+[0-9A-F]*)\)?\s*_\s*(?:\{\s*(?P<long>\d+)\s*\}|(?P<short>\d)"
-    r"|\{?\s*\\(?:text|mathrm)\s*\{\s*(?:base )?(?P<word>[a-z]+|\d+)\s*\}\s*\}?)"
+    r"\(?(?P<digits>[0-9][0-9A-Za-z]*|[A-F]+[0-9A-F]*)\)?\s*_\s*\{?\s*"
+    r"(?:\\(?:text|mathrm)\s*\{\s*(?:base\s*)?)?[\s})(]*(?P<base>\d+|[a-z]+)[\s})]*"
 )
 
 
@@ -139,7 +166,7 @@ def _based(text: str) -> tuple[str, int] | None:
     match = _BASED.fullmatch(text)
     if match is None:
         return None
-    base = match["long"] or match["short"] or match["word"]
+    base = match["base"]
     number = int(base) if base.isdigit() else _WORDS_OF_BASES.get(base)
     return None if number is None else (match["digits"].upper(), number)
 
@@ -152,10 +179,21 @@ def _bases(gold: str, given: str, rules: Rules) -> bool | None:
         return False
     return wanted == found or wanted[0] == given.strip("()").upper()
 
-# %% ../nbs/09_values.ipynb #2e5dd8de
+# %% ../nbs/09_values.ipynb #887328b0
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|textit|textrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _WORDED = re.compile(r"\(?[A-Za-z][A-Za-z0-9 .,'()-]*")
 _NO_WORDS = {"and", "or", "mod", "gcd", "lcm", "max", "min", "det"}
+
+
+_CHOICES = re.compile(r"\s*[A-Z]+(?:\s*(?:,|,?\s*(?:and|or)(?![A-Za-z]))\s*[A-Z]+)+\s*")
+
+
+def _choices(gold: str, given: str, rules: Rules) -> bool | None:
+    plain = [_TEXT.sub(r" \1 ", text) for text in (gold, given)]
+    if not all(_CHOICES.fullmatch(text) for text in plain):
+        return None
+    letters = [sorted(re.findall("[A-Z]+", text)) for text in plain]
+    return letters[0] == letters[1]
 
 
 def _worded(text: str) -> bool:
@@ -198,9 +236,9 @@ def _percentages(gold: str, given: str, rules: Rules) -> bool | None:
         return not (rules.unevaluated == "refuse" and leaves_work(other))
     return rules.percent == "either" and same(gold, other, rules)
 
-# %% ../nbs/09_values.ipynb #6c623bfe
+# %% ../nbs/09_values.ipynb #665504c3
 _OR = r"(?<![A-Za-z\\])or(?![A-Za-z])"
-_KINDS = (_dots, _clocks, _percentages, _words, _bases, _relations, _lists)
+_KINDS = (_dots, _clocks, _percentages, _choices, _words, _bases, _relations, _lists)
 _INTEGER = re.compile(r"[-+]?\d{1,100}")
 
 
@@ -292,4 +330,8 @@ def _check_gold(answer: str) -> bool:
     return equal(expression, expression) and not equal(expression, read("918273645"))
 
 
-CHECKS = {"math": check_math, "gym": _check_gym, "gold": _check_gold}
+CHECKS: dict[str, Callable[..., bool]] = {
+    "math": check_math,
+    "gym": _check_gym,
+    "gold": _check_gold,
+}

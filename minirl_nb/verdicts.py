@@ -71,7 +71,8 @@ def _texts(row: dict, column: str | None, where: str) -> list[str]:
     if column not in row:
         found = ", ".join(map(repr, row)) or "nothing"
         raise ValueError(
-            f"{where}: no {column!r}; it has {found}; a column of another name is '?response=COLUMN'"
+            f"{where}: no {column!r}; it has {found}; "
+            "a column of another name is '?response=COLUMN'"
         )
     texts = row[column] if isinstance(row[column], list) else [row[column]]
     if not all(isinstance(text, str) for text in texts):

@@ -36,6 +36,8 @@ TABLE = verdicts_of_the_table() + [
     ("blanks", 1, "12345", "\\boxed{12\u202f345}"),
     ("blanks", 1, "12345", "\\boxed{12\u00a0345}"),
     ("blanks", 1, "42", "\\boxed{\n42\n}"),
+    ("blanks", 0, "34", "\\boxed{3\n4}"),
+    ("blanks", 0, "5", "\\boxed{5\n\n5}"),
     ("long", 0, "5", r"so \boxed{7}" + " x" * 2500 + " 5"),
     ("long", 1, "5", r"\boxed{5}" + " and so on." * 1000),
     ("long", 1, "5", r"\boxed{5}" + " 6" * 5000),
