@@ -21,7 +21,7 @@ __all__ = ['Measure', 'Anchor', 'Over', 'Side', 'DPPO_TV_REGION', 'DPPO_KL_REGIO
 
 # %% ../nbs/02c_trust_region.ipynb #b972b009
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,8 @@ def displacement(
     others are divergences with the sign of log r. Zero off the mask, whatever stands there; NaN
     stays NaN. ValueError for another measure and for shapes that differ.
     """
-    if measure not in Measure.__args__:
-        raise ValueError(f"measure {measure!r} must be one of {', '.join(Measure.__args__)}")
+    if measure not in get_args(Measure):
+        raise ValueError(f"measure {measure!r} must be one of {', '.join(get_args(Measure))}")
     log_r = log_ratio(numerator=logp.detach(), denominator=anchor.detach(), mask=mask)
     if measure in _DIRECTED:
         return log_r
@@ -104,8 +104,8 @@ class TrustRegion:
         choices = {"measure": Measure, "anchor": Anchor, "over": Over, "side": Side}
         for name, kind in choices.items():
             value = getattr(self, name)
-            if value not in kind.__args__:
-                raise ValueError(f"clip {name} {value!r} must be one of {', '.join(kind.__args__)}")
+            if value not in get_args(kind):
+                raise ValueError(f"clip {name} {value!r} must be one of {', '.join(get_args(kind))}")
         if self.over == "prefix" and self.measure not in _DIRECTED:
             raise ValueError(f"clip over 'prefix' takes ratio or log_ratio, not {self.measure!r}")
         if self.growth and (self.over, self.measure) != ("prefix", "log_ratio"):
