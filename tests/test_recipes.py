@@ -153,6 +153,10 @@ SAID = {  # override -> (objective, replay, updates, responses of a rollout step
     "--objective.clip False": (replace(PRESETS["minirl"], clip=None), "none", 1, 1024),
     "--objective.preset grpo": (PRESETS["grpo"], "none", 1, 1024),
     "--objective.preset cispo": (PRESETS["cispo"], "none", 1, 1024),
+    **{
+        f"--objective.preset {name}": (PRESETS[name], "none", 1, 1024)
+        for name in ("dppo_tv", "dppo_kl", "trm", "opsm", "vespo")
+    },
 }
 
 
