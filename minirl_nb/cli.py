@@ -7,7 +7,7 @@ work starts. Every field of a recipe can be set from the command line under the 
 # %% auto #0
 __all__ = ['COMMANDS', 'ExportConfig', 'EvaluateConfig', 'Command', 'usage', 'main']
 
-# %% ../nbs/17_cli.ipynb #67200b65
+# %% ../nbs/17_cli.ipynb #fada82ae
 import functools
 import json
 import os
@@ -18,10 +18,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import RunConfig, load_config, recipes
+from .config import LowPrecision, RunConfig, load_config, recipes
 from .parsing import parse_config
 
-# %% ../nbs/17_cli.ipynb #23e838aa
+# %% ../nbs/17_cli.ipynb #2e669afc
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is first imported
 
 
@@ -53,7 +53,7 @@ class EvaluateConfig:
     """Sampling temperature; 0 takes the most likely token."""
     max_new_tokens: int = 64
     """Longest response."""
-    fp8: Literal["none", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] = "none"
+    fp8: LowPrecision = "none"
     """Emulated low precision of the engine."""
     seed: int = 0
     """Of the sampled responses."""

@@ -77,12 +77,12 @@ def power_of_two(amax: Tensor, number: NumberFormat, rule: str) -> Tensor:
     bits = amax.view(torch.int32).clamp(max=_INFINITY).add_(carry).bitwise_and_(_EXPONENT)
     return bits.view(torch.float32).mul_(2.0**-shift).clamp_(min=2.0**-127)
 
-# %% ../nbs/08_formats.ipynb #4ca56229
+# %% ../nbs/08_formats.ipynb #d6def99d
 def _two_levels(x: Tensor, amax: Tensor, whole: Tensor, m: float) -> tuple[Tensor, Tensor]:
     "NVFP4: x over its scales, and the scales; `whole` is 448 m / A."
     inner = E4M3.round_((amax * (1.0 / m)).mul_(whole).clamp_(max=E4M3.greatest))
     # an inner scale of zero: the block is too small beside the whole, and becomes zero
-    back = torch.where(inner == 0, 0.0, 1.0 / (inner * (1.0 / whole)))
+    back = (inner * whole.reciprocal()).clamp_(min=2.0**-126).reciprocal_().mul_(inner.sign())
     return x * back, inner / whole
 
 
@@ -92,18 +92,21 @@ def whole_scale(amax: Tensor, number: NumberFormat) -> Tensor:
 
 
 def quantize_blocks(
-    x: Tensor,  # [..., blocks, k] float32
+    x: Tensor,  # [..., blocks, k] float32; [..., k] where a row is a block
     form: BlockFormat,
-    whole: Tensor | None = None,  # for scales "e4m3": `whole_scale`, shaped like x up to ones
+    # of scales "e4m3": `whole_scale`, shaped like x up to ones; None: of each row by itself
+    whole: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # numbers of the format [..., blocks, k], scales [..., blocks, 1]
     "Numbers and scales of blocks, both float32: x is about their product."
     number, m = form.number, form.number.greatest
     amax = x.abs().amax(-1, keepdim=True)
-    if form.scale == "e4m3":
-        y, scale = _two_levels(x, amax, whole, m)
-    elif form.scale == "float32":
+    if form.scale == "float32":  # nothing lies beyond the greatest number
         scale = over_max(amax, m).clamp_(min=2.0**-126)
-        y = x / scale
+        return number.round_(x / scale), scale
+    if form.scale == "e4m3":
+        if whole is None:
+            whole = whole_scale(amax.amax(-2, keepdim=True), number)
+        y, scale = _two_levels(x, amax, whole, m)
     else:
         scale = power_of_two(amax, number, form.scale)
         y = x / scale
@@ -113,9 +116,10 @@ def quantize_blocks(
 def _round_rows(x: Tensor, form: BlockFormat, whole: Tensor | None = None) -> Tensor:
     "Rows [..., H], quantised and dequantised."
     wide = x if x.dtype == torch.float32 else x.float()
-    if form.scale == "e4m3" and whole is None:
-        whole = whole_scale(wide.abs().amax(-1, keepdim=True), form.number).unsqueeze(-1)
-    numbers, scale = quantize_blocks(grouped(wide, form.block or x.shape[-1]), form, whole)
+    if form.block is None:
+        numbers, scale = quantize_blocks(wide, form)
+        return numbers.mul_(scale).to(x.dtype)
+    numbers, scale = quantize_blocks(grouped(wide, form.block), form, whole)
     return numbers.mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 # %% ../nbs/08_formats.ipynb #266f8d5a
