@@ -23,11 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# %% ../nbs/08_bits.ipynb #51cd016d
+# %% ../nbs/08_bits.ipynb #19de9af3
 # the exponent bits of a float32 (a tensor: cheaper than a number)
 _EXPONENT = torch.tensor(0x7F800000, dtype=torch.int32)
 
-
+# %% ../nbs/08_bits.ipynb #8733dc08
 @dataclass(frozen=True)
 class NumberFormat:
     """A floating-point format of at most 8 bits: a sign, `exponent` bits, `mantissa` bits.

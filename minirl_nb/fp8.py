@@ -240,7 +240,7 @@ def expert_units(name: str, module: nn.Module, kind: str) -> list[RoundingUnit]:
             units.append(RoundingUnit([f"{name}.{key}"], [parameter], part))
     return units
 
-# %% ../nbs/08_fp8.ipynb #33efa4e9
+# %% ../nbs/08_fp8.ipynb #63f50006
 # names of modules that engines leave unrounded
 ROUTERS = re.compile(r"(^|\.)(gate|router|router_gate|shared_expert_gate|wg)$")
 # siblings that an engine holds as one matrix
@@ -285,7 +285,7 @@ def targets(model: nn.Module, skip: str = "") -> tuple[dict[str, nn.Module], dic
         )
     return linears, experts
 
-
+# %% ../nbs/08_fp8.ipynb #35b1023d
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that put keys and values into a cache, by name.
 
@@ -317,7 +317,7 @@ def _refuse_unknown_experts(name, module):
             f"here; exclude it with skip={re.escape(name)!r} if it should stay as it is"
         )
 
-# %% ../nbs/08_fp8.ipynb #2a78e3c5
+# %% ../nbs/08_fp8.ipynb #e8fb5537
 @dataclass
 class _Emulation:
     "What an emulated model keeps: its scheme, what is rounded together, the modules that round."
@@ -331,7 +331,7 @@ class _Emulation:
             for unit in self.units:
                 unit.round_(self.scheme.weight)
 
-
+# %% ../nbs/08_fp8.ipynb #ff2baf37
 CARRIERS = (torch.float32, torch.bfloat16, torch.float16)  # types that may hold rounded numbers
 
 
@@ -363,7 +363,7 @@ def emulate(model: nn.Module, spec: str | Scheme | None, skip: str = "") -> nn.M
     model._fp8_emulation.round_()
     return model
 
-
+# %% ../nbs/08_fp8.ipynb #95594482
 def _round_linears(linears, wanted):
     "Make linears round their inputs; the units of their weights."
     units, shared = [], {}

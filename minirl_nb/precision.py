@@ -44,7 +44,7 @@ from .rollout import Sampling, TorchEngine
 from .routing import compare, record, replay, routers
 from .weights import log_ratio, ratio_stats
 
-# %% ../nbs/13c_precision.ipynb #dc7b4fdb
+# %% ../nbs/13c_precision.ipynb #41100a70
 @dataclass
 class Measured:
     """Log-ratios of one engine's tokens, [B, T] in nats, zero off the mask.
@@ -87,7 +87,7 @@ def _scored(model: nn.Module, engine: TorchEngine, r: Rollout, temperature: floa
         replayed = against_mu(_scores(model, r, temperature))
     return Measured(live, replayed, unified, flips, r.response_mask)
 
-
+# %% ../nbs/13c_precision.ipynb #541baa4b
 def measure(
     model: nn.Module,  # the trainer's
     prompts: Sequence[Sequence[int]],  # token ids
@@ -169,7 +169,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     half = student_quantile((1 + confidence) / 2, n - 1) * statistics.stdev(values) / n**0.5
     return mean, mean - half, mean + half
 
-# %% ../nbs/13c_precision.ipynb #550da2ef
+# %% ../nbs/13c_precision.ipynb #a0ba760e
 @dataclass(frozen=True)
 class PrecisionConfig:
     "`python -m minirl_nb.precision`: what low-precision rollouts do to a model, scheme by scheme."
@@ -197,7 +197,7 @@ class PrecisionConfig:
     output: str = ""
     """JSON file for the numbers; empty: they are only printed."""
 
-
+# %% ../nbs/13c_precision.ipynb #f2dec498
 def lengths_up_to(most: int) -> list[int]:
     "8, 12, 16, 24, 32, 48, 64, ...: about equal steps on a logarithmic axis."
     powers = [2**k for k in range(3, max(4, most.bit_length()))]
@@ -229,7 +229,7 @@ def run(config: PrecisionConfig) -> list[dict]:
             )
     return records
 
-
+# %% ../nbs/13c_precision.ipynb #7e28e8da
 def table(records: Sequence[dict], names: Sequence[str] = ("k3", "flips", "f2", "r3_factor")):
     "Rows of text: scheme, bits a weight, and mean [interval] over seeds of each name."
     rows = [["scheme", "bits", *names]]
