@@ -336,7 +336,9 @@ CARRIERS = (torch.float32, torch.bfloat16, torch.float16)  # types that may hold
 
 
 def emulate(model: nn.Module, spec: str | Scheme | None, skip: str = "") -> nn.Module:
-    """Turn `model` into its low-precision self, in place: weights now, activations in every forward to come.
+    """Turn `model` into its low-precision self, in place.
+
+    Weights are rounded now, activations in every forward to come.
 
     `spec` names a scheme (`SCHEMES`); with None or "none" not a bit of the model changes. The
     rounded weights stay in the parameters, in the model's dtype (one of `CARRIERS`), so keep the

@@ -19,7 +19,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,9 @@ def _quantiles(difference: Tensor) -> tuple[float, float, float]:
     "Median, 90% quantile and largest of the absolute values."
     ordered = difference.abs().double().sort().values
     last = len(ordered) - 1
-    return tuple(float(ordered[min(int(p * len(ordered)), last)]) for p in (0.5, 0.9, 1.0))
+    at = [min(int(p * len(ordered)), last) for p in (0.5, 0.9, 1.0)]
+    median, q90, largest = ordered[at].tolist()
+    return median, q90, largest
 
 # %% ../nbs/10_parity.ipynb #3d8f086a
 def experts_named(which: Sequence[int]) -> str:
@@ -111,7 +113,7 @@ def _relative_gap(own: Tensor, expected: Tensor) -> float:
 
 
 def compare_weights(
-    engine: Engine,  # one whose `model` can be read
+    engine: Any,  # an `Engine` whose `model` can be read
     weights: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],  # the trainer's
 ) -> None:
     """Raise ParityError naming the tensors that differ most from what `engine` should hold, if any
@@ -209,14 +211,14 @@ def parity(
     temperature = sampling.temperature or 1.0
     with torch.no_grad():
         logp, _ = token_logprobs(model, r.tokens, mask, temperature=temperature, entropy=False)
-    readable = getattr(engine, "model", None) is not None
-    if readable:
-        _compare_with_itself(engine, r, temperature)
+    own: Any = engine if getattr(engine, "model", None) is not None else None  # can be read
+    if own is not None:
+        _compare_with_itself(own, r, temperature)
     log_ratio = logp.cpu() - r.logp_mu
     stats = ratio_stats(log_ratio, mask)
     found = Parity(int(mask.sum()), *_quantiles(log_ratio[mask]), stats["k1"], stats["k3"])
-    if readable and engine.fp8 is None and engine.model.dtype == model.dtype:
-        _compare_in_equal_precision(engine, model, found, r.tokens)
+    if own is not None and own.fp8 is None and own.model.dtype == model.dtype:
+        _compare_in_equal_precision(own, model, found, r.tokens)
     elif band is not None and not found.k3 <= band:
         raise ParityError(
             f"k3 between engine and trainer is {found.k3:.2g}, outside the band of {band:.2g}: "

@@ -22,6 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "_proc" / "inductor"))
+# torch keeps these in the temporary folder, whatever the variable above says
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
@@ -233,3 +235,28 @@ def moe_folder(tmp_path_factory):
     tiny_qwen3_moe().save_pretrained(folder)
     tasks.arithmetic_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def coldstart():
+    return ROOT / "data" / "coldstart"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, coldstart):
+    "A run of `small_runs.small` from the shipped cold start, for the tests that only look."
+    from small_runs import small
+
+    from minirl_nb.train import train
+
+    return train(small(tmp_path_factory.mktemp("finished") / "run", coldstart))
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory):
+    "The folder of a small mixture for plans: a config and no weights."
+    from plan_models import THIN
+
+    folder = tmp_path_factory.mktemp("mixture")
+    THIN.save_pretrained(folder)
+    return str(folder)

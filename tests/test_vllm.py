@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from end_tokens import ends_rightly
 
 from minirl_nb import fp8
 from minirl_nb.batch import validate
+from minirl_nb.decoding import end_tokens
 from minirl_nb.policy import token_logprobs
 from minirl_nb.rollout import ParityError, Sampling, TorchEngine, parity
 from minirl_nb.routing import compare, record, routers
@@ -167,6 +169,41 @@ def test_routes_of_a_dense_model_are_refused_before_anything_starts(monkeypatch)
         engine.VLLMEngine(tiny("llama", mlp_bias=False), routes=True)
 
 
+def test_stale_routes_of_a_response_are_refused():
+    from minirl_nb.vllm.requests import Response, RouterPlaces, as_rollout
+
+    places = RouterPlaces(("a", "b"), (0, 2), (8, 8), 2)  # layer 1 is dense
+    g = np.random.default_rng(0)
+    routes = g.permuted(np.tile(np.arange(8), (149, 3, 1)), axis=-1)[..., :2].astype(np.uint8)
+
+    def assemble(routes):
+        tokens = [5 + i % 7 for i in range(146)]
+        response = Response(tokens, [-1.0] * 146, "length", routes)
+        return as_rollout(
+            [[4, 5, 6, 7]], 1, [response], pad=0, vocab_size=16, version=0, places=places
+        )
+
+    assert assemble(routes).routes_valid.sum() == 149
+    routes[60:127] = routes[60]
+    with pytest.raises(
+        ValueError, match=r"routes\[0, 60:127\] are one row 67 times in all 2 layers"
+    ):
+        assemble(routes)
+
+
+def test_where_a_version_keeps_the_flag_for_routes():
+    from minirl_nb.vllm.worker import returns_routes
+
+    old = SimpleNamespace(model_config=SimpleNamespace(enable_return_routed_experts=True))
+    new = SimpleNamespace(  # from 0.31 on, where the model's config has no such field
+        model_config=SimpleNamespace(),
+        aux_output_config=SimpleNamespace(enable_return_routed_experts=True),
+    )
+    assert returns_routes(old) and returns_routes(new)
+    new.aux_output_config.enable_return_routed_experts = False
+    assert not returns_routes(new)
+
+
 # ---------------------------------------------------------------------------------------- with vLLM
 class TestSampling:
     pytestmark = needs_vllm
@@ -247,6 +284,23 @@ class TestSampling:
             and not r.finished.all()
         )
         assert r.group.tolist() == [g for g in range(4) for _ in range(16)]
+
+    def test_a_response_ends_at_any_end_token_of_model_or_tokenizer(self):
+        "As with the torch engine (test_rollout.py): one rule, and who wants another names it."
+        from minirl_nb.vllm.engine import VLLMEngine
+
+        model = tiny()
+        model.generation_config.eos_token_id = [15, 14]
+        tokenizer = SimpleNamespace(eos_token_id=13, pad_token_id=0)
+        engine = VLLMEngine(model, tokenizer, max_batch=32)
+        try:
+            assert engine.eos == TorchEngine(model, tokenizer=tokenizer).eos.tolist()
+            for named in ((), [14], [15, 14, 13, 12]):
+                engine.eos = end_tokens(model, tokenizer, named)
+                r = engine.generate(PROMPTS, Sampling(n=16, max_new_tokens=16))
+                assert all(ends_rightly(r, list(named) or [15, 14, 13]).values())
+        finally:
+            engine.close()
 
     def test_thousands_of_requests_and_a_progress_bar(self, engines, capfd):
         engine, _ = engines()
@@ -596,6 +650,12 @@ print("closed", state() == before)
         for wrong in (None, good[:1], good[:, :2], good[:, :, :1]):
             with pytest.raises(EngineError, match="routed experts"):
                 assemble(wrong)
+        no_route = good.astype(np.int32)
+        no_route[1] = -1
+        assert assemble(no_route).routes_valid.tolist() == [[True, False, False]]
+        no_route[1, 0] = 1
+        with pytest.raises(ValueError, match=r"routes\[1\] = \[-1, -1\] in layer 1"):
+            assemble(no_route)
         with pytest.raises(ValueError, match="all 2 valid rows are zero"):
             assemble(good * 0)
         with pytest.raises(ValueError, match="twice"):
