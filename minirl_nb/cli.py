@@ -7,7 +7,7 @@ work starts. Every field of a recipe can be set from the command line under the 
 # %% auto #0
 __all__ = ['COMMANDS', 'NOBODY_READS', 'ExportConfig', 'EvaluateConfig', 'Command', 'usage', 'main']
 
-# %% ../nbs/17_cli.ipynb #45cf6738
+# %% ../nbs/17_cli.ipynb #64a02a35
 import contextlib
 import functools
 import io
@@ -23,10 +23,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from .config import RunConfig, load_config, recipes
+from .config import LowPrecision, RunConfig, load_config, recipes
 from .parsing import parse_config
 
-# %% ../nbs/17_cli.ipynb #8dbf79d2
+# %% ../nbs/17_cli.ipynb #be4963b1
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is first imported
 
 
@@ -60,7 +60,7 @@ class EvaluateConfig:
     """Longest response."""
     end_tokens: tuple[int, ...] = ()
     """Tokens that end a response, by number; empty: all that the model and its tokenizer name."""
-    fp8: Literal["none", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] = "none"
+    fp8: LowPrecision = "none"
     """Emulated low precision of the engine."""
     seed: int = 0
     """Of the sampled responses."""

@@ -47,9 +47,11 @@ NUMERICS = {
     "test_packed.py": "packed against padded forwards, every family",
     "test_routing.py": "replay of near ties",
     "test_fp8.py": "rounding",
+    "test_formats.py": "rounding",
     "test_one_page.py": "the entry page against the loop",
     "test_validity.py": "the meters of the approximation",
     "test_rollout.py": "sampling, and probes of an engine",
+    "test_precision.py": "sampling of rounded engines",
     "test_coldstart.py": "losses of a short training",
     "test_train.py": "short runs of the loop",
 }
@@ -175,6 +177,18 @@ def process_as_found():
     before = state()
     yield
     assert state() == before
+
+
+@pytest.fixture(scope="module")
+def vllm_functions(process_as_found):
+    "vLLM can be imported; OpenCV, which comes with it, changes a variable of this process."
+    pytest.importorskip("vllm")
+    before = os.environ.get("LD_LIBRARY_PATH")
+    import vllm.model_executor.layers.quantization.online.fp8  # noqa: F401
+
+    os.environ.pop("LD_LIBRARY_PATH", None)
+    if before is not None:
+        os.environ["LD_LIBRARY_PATH"] = before
 
 
 def tiny_qwen3_moe(seed=0, **changes):

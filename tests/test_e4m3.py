@@ -193,12 +193,13 @@ def test_rounding_twice_is_rounding_once(kind, dtype):
 @pytest.mark.vllm
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_codes_and_scales_are_those_of_vllms_own_functions(dtype, size):
-    pytest.importorskip("vllm")
+def test_codes_and_scales_are_those_of_vllms_own_functions(dtype, size, vllm_functions):
     from vllm.model_executor.layers.quantization.online import fp8 as online
     from vllm.model_executor.layers.quantization.utils.quant_utils import weight_amax
     from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
+    # as written: compiled, as vLLM has it, each new shape and dtype costs the compiler minutes
+    by_blocks = per_block_cast_to_fp8.__wrapped__
     for shape in ((64, 64), (300, 200), (128, 256), (2, 5), (129, 257)):
         g = torch.Generator().manual_seed(shape[0])
         w = (torch.randn(shape, generator=g) * torch.rand(shape[0], 1, generator=g) * size).to(
@@ -206,7 +207,7 @@ def test_codes_and_scales_are_those_of_vllms_own_functions(dtype, size):
         )
         w[0] = 0
         codes, scale = e4m3.quantize(w, "block")
-        theirs, their_scale = per_block_cast_to_fp8(w, block_size=[128, 128], use_ue8m0=False)
+        theirs, their_scale = by_blocks(w, block_size=[128, 128], use_ue8m0=False)
         assert torch.equal(scale, their_scale) and torch.equal(codes.float(), theirs.float())
         codes, scale = e4m3.quantize(w, "channel")
         their_scale = online._fp8_channel_scale(weight_amax(w, dim=-1, keepdim=True))

@@ -11,7 +11,7 @@ from test_e4m3 import by_cast, reference, same_bits
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minirl_nb import fp8, routing
+from minirl_nb import formats, fp8, routing
 from minirl_nb.policy import token_logprobs
 from minirl_nb.weights import ratio_stats
 
@@ -79,6 +79,7 @@ def test_families_round_products_and_nothing_else(family, spec):
     rounded = {f"{n}.weight" for n in linears}
     rounded |= {f"{n}.{k}" for n, m in experts.items() for k in m._parameters if k.endswith("proj")}
     assert rounded and not any("lm_head" in n or "embed" in n or "norm" in n for n in rounded)
+    rounded = rounded if fp8.SCHEMES[spec].weight else set()
     fp8.emulate(model, spec)
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]) != (n in rounded), n
@@ -96,24 +97,32 @@ def test_families_round_products_and_nothing_else(family, spec):
     ]
 
 
-def test_linears_and_experts_compute_what_the_scheme_says():
-    model = fp8.emulate(build(hidden_act="silu"), "fp8_per_channel")
+@pytest.mark.parametrize("spec", ["fp8_per_channel", "fp8_e5m2", "mxfp8", "mxfp4", "nvfp4"])
+def test_linears_and_experts_compute_what_the_scheme_says(spec):
+    model = fp8.emulate(build(hidden_act="silu"), spec)
     plain = build(hidden_act="silu")
     layer, theirs = model.model.layers[0], plain.model.layers[0]
     g = torch.Generator().manual_seed(3)
     x = torch.randn(7, 32, generator=g)
 
     def rounded(rows):
+        if spec != "fp8_per_channel":  # the formats' own tests have their definitions
+            return formats.round_activation(rows, spec.removeprefix("fp8_"))
         scales = [(row.abs().max() / 448).clamp(min=1 / (448 * 512)) for row in rows]
         return torch.stack([by_cast(row / s) * s for row, s in zip(rows, scales)])
 
-    weight = reference(theirs.self_attn.o_proj.weight.detach(), "channel")
+    def rounded_weight(w):
+        if spec == "fp8_per_channel":
+            return reference(w, "channel")
+        return formats.round_weight_(w.clone(), spec.removeprefix("fp8_"))
+
+    weight = rounded_weight(theirs.self_attn.o_proj.weight.detach())
     with torch.no_grad():
         assert torch.equal(layer.self_attn.o_proj(x), F.linear(rounded(x), weight))
         _, gates, index = theirs.mlp.gate(x)
         out, expected = layer.mlp.experts(x, index, gates), torch.zeros_like(x)
         up, down = (
-            reference(getattr(theirs.mlp.experts, k).detach(), "channel")
+            rounded_weight(getattr(theirs.mlp.experts, k).detach())
             for k in ("gate_up_proj", "down_proj")
         )
         for t in range(7):
@@ -122,9 +131,10 @@ def test_linears_and_experts_compute_what_the_scheme_says():
                 a, b = (up[e] @ rounded(x)[t]).chunk(2)
                 expected[t] += gates[t, j] * (down[e] @ rounded((F.silu(a) * b)[None])[0])
     # sums in another order differ by 1e-7, which may move an intermediate across a rounding
-    # threshold: 2^-4 of it at most
+    # threshold: 2^-4 of it at most with three bits of mantissa, 2^-3 with two, 2^-2 with one
+    step = {"fp8_e5m2": 2**-3, "mxfp4": 2**-2, "nvfp4": 2**-2}.get(spec, 2**-4)
     off = (out - expected).abs()
-    assert off.median() < 1e-7 and off.max() < 2**-4 * expected.abs().max()
+    assert off.median() < 1e-7 and off.max() < step * expected.abs().max()
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -240,7 +250,7 @@ def test_the_context_gives_every_bit_back_also_after_an_error():
 
 def test_what_cannot_be_emulated_is_refused_by_name():
     with pytest.raises(
-        ValueError, match="unknown FP8 scheme 'fp4'; use none or one of fp8_per_tensor"
+        ValueError, match="unknown low-precision scheme 'fp4'; use none or one of fp8_per_tensor"
     ):
         fp8.scheme("fp4")
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no linear layer"):
@@ -304,3 +314,154 @@ def test_every_moe_family_of_transformers_is_emulated_or_refused_by_name(family)
         plain = model(tokens).logits
         noisy = fp8.emulate(model, "fp8_per_channel")(tokens).logits
     assert noisy.isfinite().all() and not torch.equal(noisy, plain)
+
+
+# ------------------------------------------------------------------------------- formats and caches
+def test_schemes_say_their_bits_and_refuse_unknown_kinds():
+    bits = {name: s.bits for name, s in fp8.SCHEMES.items()}
+    assert bits["fp8_per_channel"] == bits["fp8_e5m2"] == 8 and bits["mxfp8"] == 8.25
+    assert bits["nvfp4"] == bits["nvfp4_weights"] == 4.5 and bits["mxfp4"] == 4.25
+    assert bits["fp8_cache"] is None
+    assert len(set(fp8.SCHEMES.values())) == len(fp8.SCHEMES), "a scheme has one name"
+    with pytest.raises(ValueError, match="weight 'int4' must be None or one of tensor, .*nvfp4"):
+        fp8.Scheme("int4")
+    with pytest.raises(ValueError, match="activation 'block' must be None or one of token"):
+        fp8.Scheme("channel", "block")
+    with pytest.raises(ValueError, match="activation 'token' needs rounded weights"):
+        fp8.Scheme(None)
+
+
+def test_weights_alone_leave_activations_as_they_are():
+    model = fp8.emulate(build(), "nvfp4_weights")
+    same = build()
+    fp8.load_(same, model.named_parameters())
+    assert torch.equal(logits(model), logits(same))
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_formats_of_blocks_round_fused_matrices_as_an_engine_holds_them(kind):
+    "One scale for q, k and v under NVFP4; rows apart under MXFP4, where it makes no difference."
+    model, plain = fp8.emulate(build("llama"), kind), build("llama")
+    for layer, ref in zip(model.model.layers, plain.model.layers):
+        for block, names in (("self_attn", "qkv"), ("mlp", ("gate", "up"))):
+            ws = [getattr(getattr(ref, block), f"{n}_proj").weight.detach() for n in names]
+            fused = formats.round_weight_(torch.cat(ws), kind).split([len(w) for w in ws])
+            for n, w in zip(names, fused):
+                assert torch.equal(getattr(getattr(layer, block), f"{n}_proj").weight, w)
+    gpt, ref = fp8.emulate(build("gpt_oss"), kind), build("gpt_oss")
+    w, r = (m.model.layers[0].mlp.experts.gate_up_proj.detach() for m in (gpt, ref))
+    expected = formats.round_weight_(r.mT.contiguous(), kind)  # stored [input, output]
+    assert torch.equal(w.mT.contiguous(), expected)
+
+
+def scaled_attention(model, factor=40.0):
+    "The model with large keys and values: E4M3 holds none of them exactly."
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("k_proj.weight", "v_proj.weight")):
+                p.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama", "glm4_moe"])
+def test_a_rounded_cache_is_rounded_once_with_a_cache_and_without(family, monkeypatch):
+    "Keys and values of each token, after the rotation, and nothing else."
+    plain = scaled_attention(build(family))
+    model = fp8.emulate(copy.deepcopy(plain), "fp8_cache")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters()))
+    seen = []
+    real = fp8.round_cache
+    monkeypatch.setattr(fp8, "round_cache", lambda x: seen.append(x.shape[-2]) or real(x))
+    tokens = torch.randint(1, 48, (3, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        assert seen == [9] * 2 * 2, "keys and values of two layers"
+        seen.clear()
+        start = model(tokens[:, :5], use_cache=True)
+        out, kept = [start.logits], start.past_key_values
+        for t in range(5, 9):
+            out.append(model(tokens[:, t : t + 1], past_key_values=kept, use_cache=True).logits)
+    assert seen == [5] * 4 + [1] * 4 * 4
+    for layer in kept.layers:
+        for states in (layer.keys, layer.values):
+            assert torch.equal(states, by_cast(states)), "the cache holds E4M3 numbers"
+    # sums in another order may move a number across a threshold: the median says what was computed
+    assert (torch.cat(out, 1) - whole).abs().median() < 1e-5
+    with torch.no_grad():
+        assert (whole - plain(tokens).logits).abs().median() > 1e-4
+        assert torch.equal(fp8.restore(model)(tokens).logits, plain(tokens).logits)
+
+
+def test_attention_over_a_rounded_cache_is_that_of_rounded_keys_and_values():
+    "Against attention written out for one layer: weights, rotation and sums by hand."
+    model = scaled_attention(build("llama", num_hidden_layers=1))
+    tokens = torch.randint(1, 48, (2, 7), generator=torch.Generator().manual_seed(2))
+    layer, hidden = model.model.layers[0], model.model.embed_tokens(tokens)
+    x = layer.input_layernorm(hidden)
+    a = layer.self_attn
+    q, k, v = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+    cos, sin = model.model.rotary_emb(x, torch.arange(7)[None])
+
+    def rotate(y):
+        half = torch.cat([-y[..., 4:], y[..., :4]], -1)
+        return y * cos[:, None] + half * sin[:, None]
+
+    q, k, v = rotate(q), by_cast(rotate(k)), by_cast(v)
+    scores = q @ k.repeat_interleave(2, 1).mT / 8**0.5
+    scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).softmax(-1)
+    mixed = (scores @ v.repeat_interleave(2, 1)).transpose(1, 2).flatten(2)
+    expected = a.o_proj(mixed)
+    with fp8.emulated(model, "fp8_cache"):
+        out = a(x, position_embeddings=(cos, sin), attention_mask=None)[0]
+    assert torch.allclose(out, expected, atol=1e-5 * float(expected.detach().abs().max()))
+    assert not torch.allclose(a(x, position_embeddings=(cos, sin), attention_mask=None)[0], out)
+
+
+def test_a_cache_that_cannot_be_rounded_is_refused():
+    with pytest.raises(NotImplementedError, match="layers.0.self_attn keeps a latent in its cache"):
+        fp8.emulate(
+            build(
+                "deepseek_v3",
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_group=1,
+                topk_group=1,
+                moe_intermediate_size=16,
+                first_k_dense_replace=0,
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                v_head_dim=8,
+                num_key_value_heads=4,
+            ),
+            "fp8_per_block_cache",
+        )
+
+
+# ---------------------------------------------------------------------------------------- settings
+def test_settings_know_every_scheme_by_name():
+    from minirl_nb.config import LowPrecision, RolloutConfig
+
+    assert LowPrecision.__args__ == ("none", *fp8.SCHEMES)
+    assert RolloutConfig.__annotations__["fp8"] == LowPrecision
+
+
+@pytest.mark.parametrize("name", fp8.SCHEMES)
+def test_vllm_takes_what_it_can_compute_and_refuses_the_rest_in_a_sentence(name):
+    from minirl_nb.vllm.requests import engine_arguments
+
+    config, s = build("qwen3_moe").config, fp8.SCHEMES[name]
+    for cpu, able in ((True, not s.cache), (False, name in fp8.VLLM_SCHEMES)):
+        if able:
+            found = engine_arguments(config, torch.float32, s, cpu=cpu)["quantization"]
+            assert found == ("minirl_" if cpu else "") + name
+            continue
+        where = "a CPU" if cpu else "an accelerator"
+        said = f"vLLM on {where} cannot round as {name}; it knows .*torch engine emulates every"
+        with pytest.raises(ValueError, match=said) as error:
+            engine_arguments(config, torch.float32, s, cpu=cpu)
+        assert "\n" not in str(error.value)
+    mine = fp8.Scheme("mxfp4", "token")  # a scheme without a name
+    with pytest.raises(ValueError, match=r"cannot round as Scheme\(weight='mxfp4'"):
+        engine_arguments(config, torch.float32, mine, cpu=True)

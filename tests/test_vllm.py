@@ -338,7 +338,8 @@ class TestSampling:
 class TestFP8:
     pytestmark = needs_vllm
 
-    @pytest.mark.parametrize("scheme", fp8.SCHEMES)
+    # a kind of scale each: those of FP8, a power of two a block, two levels of them, weights alone
+    @pytest.mark.parametrize("scheme", [*fp8.VLLM_SCHEMES, "mxfp8_ceil", "nvfp4", "mxfp4_weights"])
     def test_weights_are_the_emulations_bit_for_bit_and_log_probabilities_the_same_function(
         self, engines, scheme
     ):
@@ -546,7 +547,7 @@ class TestFaults:
             ValueError, match="no option 'max_num_seq'; did you mean 'max_num_seqs'"
         ):
             VLLMEngine(tiny(), max_num_seq="8")
-        with pytest.raises(ValueError, match="unknown FP8 scheme 'fp4'"):
+        with pytest.raises(ValueError, match="unknown low-precision scheme 'fp4'"):
             VLLMEngine(tiny(), fp8="fp4")
         dense = tiny("llama", mlp_bias=False)
         with pytest.raises(TypeError, match="no router"):

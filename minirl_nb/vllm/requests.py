@@ -40,7 +40,7 @@ from ..decoding import Sampling
 from ..routes import check_recorded, read_routes
 from ..routing import routers, routes_dtype
 
-# %% ../../nbs/11_vllm.ipynb #236ee34e
+# %% ../../nbs/11_vllm.ipynb #f1dfb920
 class EngineError(RuntimeError):
     """The vLLM engine cannot go on: it died, or a call failed half-way.
 
@@ -95,7 +95,7 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Arguments of vLLM's engine, by name, with which its rollouts can be trained on.
 
-    ValueError for a scheme that is not one of `fp8.SCHEMES`."""
+    ValueError for a scheme that vLLM cannot compute there."""
     options = {k: option_value(v) for k, v in options.items()}
     positions = options.get("max_model_len") or config.max_position_embeddings
     arguments: dict[str, Any] = dict(
@@ -127,6 +127,14 @@ def engine_arguments(
 
 def _quantization(fp8: fp8_module.Scheme, cpu: bool) -> dict[str, Any]:
     name = scheme_name(fp8)
+    if name is None or fp8.cache or not (cpu or name in fp8_module.VLLM_SCHEMES):
+        able = [n for n, s in fp8_module.SCHEMES.items() if not s.cache]
+        able = able if cpu else fp8_module.VLLM_SCHEMES
+        raise ValueError(
+            f"vLLM on {'a CPU' if cpu else 'an accelerator'} cannot round as {name or fp8}; it "
+            f"knows {', '.join(able)} (a cache in 8 bits is its option kv_cache_dtype), and the "
+            "torch engine emulates every scheme"
+        )
     if cpu:
         return {"quantization": EMULATED + name}
     # vLLM would round the routers too, which its own checkpoints in FP8 never have rounded

@@ -149,6 +149,37 @@ def engine(rounds):
     return rows
 
 
+def formats(rounds):
+    """Sampling in every low-precision scheme against plain sampling.
+
+    512 responses of 24 tokens, 256 rows at a time, no routes. E4M3's goal is that of the engine
+    section; the other formats may take twice as long as plain sampling.
+    """
+    from minirl_nb import fp8
+    from minirl_nb.rollout import Sampling, TorchEngine
+
+    prompts = torch.randint(2, 15, (64, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    model, s = bench_model(), Sampling(n=8, max_new_tokens=24, seed=1)
+    engines = {
+        name or "plain": TorchEngine(
+            model, fp8=name, eos_token_id=99, pad_token_id=0, max_batch=256
+        )
+        for name in (None, *fp8.SCHEMES)
+    }
+    seconds, _ = alternate(
+        {k: (lambda e=e: e.generate(prompts, s)) for k, e in engines.items()}, 2 * rounds
+    )
+    return [
+        (
+            f"sampling in {k}, time against plain",
+            seconds[k] / seconds["plain"],
+            "x",
+            "<= 1.5" if k in fp8.VLLM_SCHEMES else "<= 2",
+        )
+        for k in fp8.SCHEMES
+    ]
+
+
 def train_run(folder, **changes):
     from minirl_nb import train
 
@@ -373,7 +404,7 @@ def verifier(rounds):
     ]
 
 
-SECTIONS = {f.__name__: f for f in (engine, step, replay, padding, trl, policy, verifier)}
+SECTIONS = {f.__name__: f for f in (engine, formats, step, replay, padding, trl, policy, verifier)}
 
 
 def machine():
