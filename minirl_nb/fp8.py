@@ -17,9 +17,9 @@ rounded numbers.
 
 # %% auto #0
 __all__ = ['SCHEMES', 'ROUTERS', 'CARRIERS', 'Scheme', 'scheme', 'RoundingUnit', 'expert_units', 'is_experts',
-           'targets', 'emulate', 'emulation', 'restore', 'load_', 'emulated', 'WeightKind',
-           'dequantize', 'quantize', 'round_activation', 'round_e4m3', 'round_weight_',
-           'token_scale', 'weight_scale']
+           'targets', 'emulate', 'emulation', 'restore', 'paused', 'load_', 'emulated',
+           'WeightKind', 'dequantize', 'quantize', 'round_activation', 'round_e4m3',
+           'round_weight_', 'token_scale', 'weight_scale']
 
 # %% ../nbs/08_fp8.ipynb #1b1e18f0
 import re
@@ -318,7 +318,7 @@ def _round_experts(experts, wanted):
         m.__class__ = _rounded_class(type(m), mixin)
     return units
 
-# %% ../nbs/08_fp8.ipynb #69619049
+# %% ../nbs/08_fp8.ipynb #49bf0533
 def emulation(model: nn.Module) -> Scheme | None:
     "The scheme of an emulated model, None for a plain one."
     found = getattr(model, "_fp8_emulation", None)
@@ -334,6 +334,23 @@ def restore(model: nn.Module) -> nn.Module:
         del m._fp8
     del model._fp8_emulation
     return model
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside `with paused(model):` an emulated model keeps its rounded weights and does not round
+    activations; a plain model is left as it is.
+
+    What it computes is then smooth: a change in the last bit of a sum stays one."""
+    modules = model._fp8_emulation.modules if emulation(model) is not None else []
+    rounded = [type(m) for m in modules]
+    for m in modules:
+        m.__class__ = type(m).__bases__[1]
+    try:
+        yield model
+    finally:
+        for m, cls in zip(modules, rounded):
+            m.__class__ = cls
 
 
 @torch.no_grad()

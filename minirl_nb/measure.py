@@ -76,7 +76,7 @@ def flips(run: Run, step: Step, i: int) -> dict[str, float]:
         out[f"{name}/jaccard"] = float((jaccard / n).mean())
     return out
 
-# %% ../nbs/14h_measure.ipynb #1cba83c8
+# %% ../nbs/14h_measure.ipynb #ae4d193c
 def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None) -> None:
     "One line of metrics.jsonl for each gradient step of a rollout step."
     n, r, seconds = len(rows), step.rollout, _seconds_by_phase(step)
@@ -104,7 +104,7 @@ def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None
                 "cut": float((~finished).double().mean()),
                 "equal_groups": float(equal_groups(reward, group).double().mean()),
                 **row,
-                **({"parity/k3": found.k3, "parity/q90": found.q90} if found else {}),
+                **(found.stats() if found else {}),
                 **{f"seconds/{k}": v for k, v in seconds.items()},
                 "seconds/step": sum(step.seconds.values()) / n,
                 **_rates([tokens for tokens, _ in given], seconds),

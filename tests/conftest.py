@@ -48,6 +48,7 @@ NUMERICS = {
     "test_one_page.py": "the entry page against the loop",
     "test_validity.py": "the meters of the approximation",
     "test_rollout.py": "sampling, and probes of an engine",
+    "test_parity_depth.py": "probes of an engine of 30 layers",
     "test_coldstart.py": "losses of a short training",
     "test_train.py": "short runs of the loop",
 }
