@@ -318,7 +318,7 @@ def _round_experts(experts, wanted):
         m.__class__ = _rounded_class(type(m), mixin)
     return units
 
-# %% ../nbs/08_fp8.ipynb #49bf0533
+# %% ../nbs/08_fp8.ipynb #49a47142
 def emulation(model: nn.Module) -> Scheme | None:
     "The scheme of an emulated model, None for a plain one."
     found = getattr(model, "_fp8_emulation", None)
@@ -352,7 +352,7 @@ def paused(model: nn.Module) -> Iterator[nn.Module]:
         for m, cls in zip(modules, rounded):
             m.__class__ = cls
 
-
+# %% ../nbs/08_fp8.ipynb #5349832d
 @torch.no_grad()
 def load_(
     model: nn.Module,
