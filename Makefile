@@ -31,7 +31,7 @@ demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 	$(BIN)/minirl train demo --output.folder $(RUN) --rollout.engine $(ENGINE) $(ARGS)
 
 # pytest comes last, so that its closing line ends the output
-test: notebooks-clean exported readme-current guide-current lint pages numerics unit
+test: notebooks-clean exported readme-current guide-current lint types pages numerics unit
 quick: $(VENV)/.dev
 	$(PYTEST) $(QUICK)
 

@@ -11,7 +11,7 @@ model, its processes and its run folder. Nothing is loaded but the model's `conf
 # %% auto #0
 __all__ = ['objective_of', 'replay_of', 'read_model_config', 'changes_of', 'check_folder', 'check']
 
-# %% ../nbs/14b_checks.ipynb #f9c3959a
+# %% ../nbs/14b_checks.ipynb #11fe0c18
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,13 +19,14 @@ from typing import Any
 
 from . import routing
 from .clipping import Clip
-from .config import RunConfig, load_config
+from .config import ObjectiveConfig, RunConfig, load_config
 from .objective import PRESETS, Objective
 from .parsing import flatten
 from .tasks import data_path
+from .trust import Together, TrustRegion
 from .weights import truncation
 
-# %% ../nbs/14b_checks.ipynb #60ccf38c
+# %% ../nbs/14b_checks.ipynb #31567f74
 def objective_of(config: RunConfig) -> Objective:
     """The objective that a config asks for: its preset, with what the config sets in its place.
 
@@ -40,20 +41,36 @@ def objective_of(config: RunConfig) -> Objective:
         objective = replace(objective, clip=None)
     if section.clip is True and objective.clip is None:
         objective = replace(objective, clip=Clip())
-    for name, value in (("low", section.clip_low), ("high", section.clip_high)):
-        if value is None:
-            continue
-        if objective.clip is None:
-            raise ValueError(
-                f"objective.clip_{name} is {value}, but {section.preset} has no clip; "
-                "set objective.clip to True"
-            )
-        objective = replace(objective, clip=replace(objective.clip, **{name: value}))
+    objective = replace(objective, clip=_clip_of(section, objective.clip))
     if section.advantage is not None:
         objective = replace(objective, advantage=section.advantage)
     if section.normalizer is not None:
         objective = replace(objective, normalizer=section.normalizer)
     return objective
+
+
+def _clip_of(section: ObjectiveConfig, clip: TrustRegion | Together | None) -> Any:
+    "The preset's trust region with the fields clip_* of the section in place of its own."
+    changes = {}
+    for name in ("low", "high", "measure", "anchor", "over", "side"):
+        value = getattr(section, f"clip_{name}")
+        if value is None:
+            continue
+        if clip is None:
+            raise ValueError(
+                f"objective.clip_{name} is {value}, but {section.preset} has no clip; "
+                "set objective.clip to True"
+            )
+        if isinstance(clip, Together):
+            raise ValueError(
+                f"objective.clip_{name} is {value}, but {section.preset} has "
+                f"{len(clip.regions)} trust regions; start from a preset with one"
+            )
+        changes[name] = value
+    try:
+        return replace(clip, **changes) if changes else clip
+    except ValueError as error:
+        raise ValueError(f"objective.{error}") from None
 
 
 def replay_of(config: RunConfig, mixture: bool) -> str:
@@ -63,7 +80,7 @@ def replay_of(config: RunConfig, mixture: bool) -> str:
         return "none"
     return routing.resolve(config.objective.replay, config.batch.updates)
 
-# %% ../nbs/14b_checks.ipynb #ff9751b6
+# %% ../nbs/14b_checks.ipynb #32b267e4
 def read_model_config(path: str) -> Any:
     "The text model's config of a folder or hub name. FileNotFoundError where there is none."
     from transformers import AutoConfig
@@ -99,8 +116,13 @@ def _check_model(config: RunConfig, model_config: Any) -> None:
             f"objective.replay is {replay}, but {config.model.path} is a dense model "
             f"({model_config.model_type}): it has no experts, so no engine can give routes"
         )
+    if replay == "R2" and config.objective.pi_old == "rollout":
+        raise ValueError(
+            "objective.replay is R2, which replays the experts of the pass that "
+            "objective.pi_old = rollout saves; use R3 or none"
+        )
 
-
+# %% ../nbs/14b_checks.ipynb #32068f2e
 def _check_processes(config: RunConfig, processes: int, model_config: Any) -> None:
     "Whether the parts of a run come out even."
     expert, experts = config.parallel.expert, routing.expert_count(model_config)
@@ -126,7 +148,7 @@ def _check_processes(config: RunConfig, processes: int, model_config: Any) -> No
     engine = f"rollout.tensor_parallel is {per_engine}"
     divide(per_engine, processes, f"{engine}, which does not divide {run}")
 
-# %% ../nbs/14b_checks.ipynb #8e523d36
+# %% ../nbs/14b_checks.ipynb #4a576dcc
 # Keys, or sections ending in a dot, that may differ when a run goes on
 _FREE = (
     "resume",
@@ -163,7 +185,7 @@ def changes_of(config: RunConfig) -> dict[str, tuple[Any, Any]]:
         if before[key] != now[key] and not key.startswith(free)
     }
 
-
+# %% ../nbs/14b_checks.ipynb #5902dd98
 def check_folder(config: RunConfig) -> None:
     "ValueError where the run folder holds another run, or this one and `resume` was not asked for."
     folder = Path(config.output.folder)

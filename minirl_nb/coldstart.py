@@ -3,7 +3,7 @@ mixture-of-experts policy that is right in a third of its samples and at least o
 nine problems of ten, so that almost every group of responses carries a gradient. A policy that was
 not taught has no such group at all.
 
-This room holds the teachers, supervised training on their responses (`train`), and the
+This module holds the teachers, supervised training on their responses (`train`), and the
 learning-rate schedule that runs of reinforcement learning use too.
 """
 
@@ -13,7 +13,7 @@ learning-rate schedule that runs of reinforcement learning use too.
 __all__ = ['TEACHERS', 'teach', 'ColdStartConfig', 'tiny_moe', 'Trace', 'collate', 'learning_rate',
            'ColdStartResult', 'train']
 
-# %% ../nbs/12_coldstart.ipynb #451bc89f
+# %% ../nbs/12_coldstart.ipynb #48444b19
 import json
 import math
 import os
@@ -36,6 +36,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from .decoding import end_tokens
 from .policy import token_logprobs
 from .tasks import Problem, data_path, encode_prompt, load, rows, verify_arithmetic
 
@@ -370,13 +371,14 @@ def train(config: ColdStartConfig) -> ColdStartResult:
     _save(output, config, model, tokenizer, metrics)
     return ColdStartResult(output, model, tokenizer, metrics)
 
-# %% ../nbs/12_coldstart.ipynb #3111ee2e
+# %% ../nbs/12_coldstart.ipynb #2d801f9a
 def _save(output: Path, config: ColdStartConfig, model, tokenizer, metrics) -> None:
     "Write the checkpoint to the side and rename it: a folder of this name is always complete."
     side = output.with_name(output.name + f".{os.getpid()}")
     shutil.rmtree(side, ignore_errors=True)
+    ends = end_tokens(model, tokenizer)  # a chat model keeps those that it came with
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
         do_sample=True,
         temperature=1.0,

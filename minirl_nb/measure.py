@@ -12,7 +12,8 @@ gradient step.
 # %% auto #0
 __all__ = ['monitored_rows', 'live_routes', 'flips', 'log', 'evaluate_run']
 
-# %% ../nbs/14h_measure.ipynb #0c4e14af
+# %% ../nbs/14h_measure.ipynb #31c3498e
+import math
 import time
 
 import torch
@@ -76,7 +77,7 @@ def flips(run: Run, step: Step, i: int) -> dict[str, float]:
         out[f"{name}/jaccard"] = float((jaccard / n).mean())
     return out
 
-# %% ../nbs/14h_measure.ipynb #ae4d193c
+# %% ../nbs/14h_measure.ipynb #d14c4b7b
 def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None) -> None:
     "One line of metrics.jsonl for each gradient step of a rollout step."
     n, r, seconds = len(rows), step.rollout, _seconds_by_phase(step)
@@ -90,6 +91,8 @@ def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None
             continue
         logp_old, logp_mu, entropy, mask, reward, group, length, finished = gathered
         kl = ratio_stats(logp_old - logp_mu, mask=mask)
+        if run.config.objective.pi_old == "rollout":  # logp_old is logp_mu: nothing was measured
+            kl = dict.fromkeys(kl, math.nan)
         run.append(
             {
                 "kind": "step",
@@ -112,7 +115,7 @@ def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None
             }
         )
 
-
+# %% ../nbs/14h_measure.ipynb #f39b8d06
 def _seconds_by_phase(step: Step) -> dict[str, float]:
     "Seconds of each phase, all updates as one."
     seconds = {k: v for k, v in step.seconds.items() if not k.startswith("update")}
@@ -125,7 +128,8 @@ def _rates(tokens: list[dict[str, int]], seconds: dict[str, float]) -> dict[str,
     found = {}
     for phase in ("generate", "recompute", "update"):
         total = sum(v for t in tokens for k, v in t.items() if k.split()[0] == phase)
-        found[f"tokens_per_second/{phase}"] = total / seconds[phase]
+        if phase in seconds:  # two policies recompute nothing
+            found[f"tokens_per_second/{phase}"] = total / seconds[phase]
     return found
 
 # %% ../nbs/14h_measure.ipynb #12ab7405

@@ -40,16 +40,17 @@ from minirl_nb.world import (
     reshard,
 )
 
-# %% ../nbs/14d_parallel.ipynb #d19177c0
+# %% ../nbs/14d_parallel.ipynb #a659075a
 def assign_rows(
     cost: Tensor,  # [B] how long each row takes: its tokens, or `train.Run.cost`
     part: Tensor,  # int64 [B] mini-batch of each row
     ranks: int,
 ) -> Tensor:  # int64 [B] rank that trains on the row
-    """Share the rows of every mini-batch so that ranks have about equally much to do: longest first, each to the rank that has least.
+    """Share the rows of every mini-batch so that ranks have about equally much to do: longest
+    first, each to the rank that has least.
 
-    The fullest rank has at most 4/3 of what the best division would give it (Graham 1969). Every rank computes this for itself, from
-    the same numbers."""
+    The fullest rank has at most 4/3 of what the best division would give it (Graham 1969). Every
+    rank computes this for itself, from the same numbers."""
     to, sizes = torch.zeros_like(part), cost.tolist()
     for i in part.unique().tolist():
         rows = (part == i).nonzero()[:, 0]
@@ -60,45 +61,36 @@ def assign_rows(
             heapq.heappush(load, (least + sizes[b], r))
     return to
 
-# %% ../nbs/14d_parallel.ipynb #a299fec5
+# %% ../nbs/14d_parallel.ipynb #18d079a6
 def exchange(
     rollout: Rollout,  # this rank's rows
     columns: dict[str, Tensor],  # more that belongs to them, [B] each
     to: Tensor,  # int64 [B] the rank that each row goes to
     group: dist.ProcessGroup,  # of CPU tensors
-) -> tuple[
-    Rollout, dict[str, Tensor]
-]:  # the rows that came here, by sender and then as the sender had them
+) -> tuple[Rollout, dict[str, Tensor]]:  # rows that came here, by sender, in the sender's order
     "Rows travel without padding, field by field, as bytes: gloo knows no 16-bit integers."
-    ranks, order = dist.get_world_size(group), torch.argsort(to, stable=True)
-    rows = torch.bincount(to, minlength=ranks)
-    arriving = torch.empty_like(rows)
-    dist.all_to_all_single(arriving, rows, group=group)
-    out = {}
+    order = torch.argsort(to, stable=True)
+    leaving = torch.bincount(to, minlength=dist.get_world_size(group))
+    coming = torch.empty_like(leaving)
+    dist.all_to_all_single(coming, leaving, group=group)
+    rows = leaving.tolist(), coming.tolist()
+    lengths = _swap(rollout.length[order], *rows, group)  # tokens of each row that comes
+    tokens = _sums(rollout.length[order], rows[0]), _sums(lengths, rows[1])
     one = torch.ones(len(rollout), dtype=torch.long)
     travelling = pack(rollout) | {k: Ragged(v, one) for k, v in columns.items()}
-    lengths = _swap(
-        rollout.length[order], rows.tolist(), arriving.tolist(), group
-    )  # how many tokens of each arriving row
-
-    def tokens(length: Tensor, counts: list[int]) -> list[int]:
-        return [int(x.sum()) for x in length.split(counts)]
-
-    sent, received = (
-        tokens(rollout.length[order], rows.tolist()),
-        tokens(lengths, arriving.tolist()),
-    )
+    out = {}
     for name, x in travelling.items():
         by_token = name in OF_A_TOKEN
-        values = _swap(
-            x.select(order).values,
-            *((sent, received) if by_token else (rows.tolist(), arriving.tolist())),
-            group,
-        )
+        sent, received = tokens if by_token else rows
+        values = _swap(x.select(order).values, sent, received, group)
         out[name] = Ragged(values, lengths if by_token else torch.ones_like(lengths))
-    return unpack({k: v for k, v in out.items() if k not in columns}, rollout.policy_version), {
-        k: out[k].values for k in columns
-    }
+    here = {name: out.pop(name).values for name in columns}
+    return unpack(out, rollout.policy_version), here
+
+# %% ../nbs/14d_parallel.ipynb #9506f550
+def _sums(length: Tensor, counts: list[int]) -> list[int]:
+    "The tokens of so many rows for each rank."
+    return [int(part.sum()) for part in length.split(counts)]
 
 
 def _swap(values: Tensor, sent: list[int], received: list[int], group) -> Tensor:
@@ -149,7 +141,7 @@ def gradient_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
     dist.all_reduce(total, group=group)
     return total.sqrt()
 
-# %% ../nbs/14d_parallel.ipynb #ced7a810
+# %% ../nbs/14d_parallel.ipynb #1933f94c
 class Processes(World):
     """The processes that `torchrun` started. ValueError, in one sentence, where this machine is not
     what the config asks for."""
@@ -171,12 +163,10 @@ class Processes(World):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=limit
             )
-        self.messages = dist.new_group(
-            backend="gloo", timeout=limit
-        )  # small things, whatever the devices are
-        self.files = dist.new_group(
-            backend="gloo", timeout=limit
-        )  # of checkpoints, which are written while others talk
+        # small things, whatever the devices are
+        self.messages = dist.new_group(backend="gloo", timeout=limit)
+        # of checkpoints, which are written while others talk
+        self.files = dist.new_group(backend="gloo", timeout=limit)
         self.guard = Guard(self.rank, self.size)
 
     # ------------------------------------------------------------------ what all ranks must know
@@ -250,7 +240,8 @@ class Processes(World):
         import torch.distributed.checkpoint as dcp
 
         state = contiguous_shards(named_state(model, optimizer))
-        # what is in host memory already torch does not copy, and the next step would change it under the writer's hands
+        # torch does not copy what is in host memory already, and the next step would change it
+        # under the writer's hands
         if self.device.type == "cpu":
             state = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, state)
         future = dcp.async_save(
@@ -258,8 +249,8 @@ class Processes(World):
         )
 
         def done(wait: bool = False) -> bool:
-            # rank 0 writes the index last, when it has heard from all: its future is everybody's. Nothing is collective here, since
-            # ranks ask when they like
+            # rank 0 writes the index last, when it has heard from all: its future is everybody's.
+            # Nothing is collective here, since ranks ask when they like
             if wait or future.done():
                 future.result()
             return future.done()
@@ -301,7 +292,7 @@ class Processes(World):
             self.guard.fail(error)
             raise
 
-# %% ../nbs/14d_parallel.ipynb #0e3f7ae7
+# %% ../nbs/14d_parallel.ipynb #f7437d65
 def device_of(config: RunConfig, local: int) -> torch.device:
     """The device of a process, by its number on its machine. ValueError where the machine does not
     have it."""
@@ -318,17 +309,18 @@ def device_of(config: RunConfig, local: int) -> torch.device:
         have, want = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
         if want > have:
             raise ValueError(
-                f"torchrun started {want} processes on a machine with {have} GPU{'s' * (have > 1)}; "
-                f"use --nproc-per-node {have}"
+                f"torchrun started {want} processes on a machine with {have} "
+                f"GPU{'s' * (have > 1)}; use --nproc-per-node {have}"
             )
         return torch.device("cuda", local)
     if config.parallel.offload:
         raise ValueError(
-            f"parallel.offload keeps parameters in host memory, where those of a run on {wanted} are anyway; set it to False"
+            f"parallel.offload keeps parameters in host memory, where those of a run on {wanted} "
+            "are anyway; set it to False"
         )
     return torch.device(wanted)
 
-
+# %% ../nbs/14d_parallel.ipynb #d65cbdee
 def layout(config: RunConfig, processes: int):
     """transformers' description of how a model is spread, or None for one process. ValueError where
     the installed transformers is too old."""
@@ -351,8 +343,8 @@ def layout(config: RunConfig, processes: int):
         import transformers
 
         raise ValueError(
-            f"transformers {transformers.__version__} knows no {', '.join(missing)}; parallel.shard and parallel.expert as "
-            "they are set here need 5.21 or newer"
+            f"transformers {transformers.__version__} knows no {', '.join(missing)}; "
+            "parallel.shard and parallel.expert as they are set here need 5.21 or newer"
         )
     return DistributedConfig(**options)
 
@@ -361,10 +353,11 @@ def launched(config: RunConfig) -> World:
     "The world that this process belongs to: `torchrun`'s, or its own."
     return Processes(config) if "WORLD_SIZE" in os.environ else World()
 
-# %% ../nbs/14d_parallel.ipynb #602e12d1
+# %% ../nbs/14d_parallel.ipynb #6698eec3
 class Guard:
-    """Watches over the other ranks from a thread of its own: a rank that fails writes its error where all can read it, a rank that was
-    killed falls silent. Either way every rank ends, within about half a minute, and one of them says why."""
+    """Watches over the other ranks from a thread of its own: a rank that fails writes its error
+    where all can read it, a rank that was killed falls silent. Either way every rank ends, within
+    about half a minute, and one of them says why."""
 
     beat, silence = 1.0, 30.0  # seconds
     number = 0  # of this process's guards: each has its own place in the store
@@ -383,13 +376,13 @@ class Guard:
 
     def first(self) -> tuple[int, str] | None:
         "Rank and error of the first failure that was told."
-        return (
-            tuple(json.loads(self.store.get("failure"))) if self.store.check(["failure"]) else None
-        )
+        told = self.store.check(["failure"])
+        return tuple(json.loads(self.store.get("failure"))) if told else None
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others of this rank's error, or, where another rank failed first and this error is its echo, end quietly. An echo
-        comes from a broken connection, and may come before its cause is told: wait for that a moment."""
+        """Tell the others of this rank's error, or, where another rank failed first and this error
+        is its echo, end quietly. An echo comes from a broken connection, and may come before its
+        cause is told: wait for that a moment."""
         if self.over.is_set():
             return
         self.stop()
@@ -430,8 +423,8 @@ class Guard:
                     elif time.monotonic() - seen[r][1] > self.silence:
                         self.store.set("failure", json.dumps([r, "silent"]))
                         return self._end(
-                            f"rank {r} has not been heard of for {self.silence:.0f} s: it was killed, perhaps for want of "
-                            "memory, or its machine is gone",
+                            f"rank {r} has not been heard of for {self.silence:.0f} s: it was "
+                            "killed, perhaps for want of memory, or its machine is gone",
                             True,
                         )
             except RuntimeError:

@@ -12,19 +12,20 @@ This room holds `Task`, `load`, and the registry in which published sets are ent
 __all__ = ['BOXED', 'TAGGED', 'VERIFIERS', 'encode_prompt', 'fingerprint', 'Task', 'register',
            'write_arithmetic', 'load']
 
-# %% ../nbs/09b_tasks.ipynb #73b7e76d
+# %% ../nbs/09b_tasks.ipynb #b6c350f3
 import difflib
 import hashlib
 import importlib.util
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from .answers import Problem, gym_dataset
+from .answers import RULES, Problem, Rules
 from minirl_nb.arithmetic import (
     BENCHMARK_PROBLEMS,
     TRAINING_PROBLEMS,
@@ -33,14 +34,25 @@ from minirl_nb.arithmetic import (
     verify_arithmetic,
 )
 from minirl_nb.problem_files import (
+    FILES,
+    ProblemsWarning,
     data_path,  # noqa: F401
     hub_problems,
     local_dataset,  # noqa: F401
-    read_jsonl,
+    read_jsonl,  # noqa: F401
+    read_problems,
     rows,  # noqa: F401
     write_jsonl,
 )
-from .verification import pool, response_tail, verify_exact, verify_math
+from .values import gym_dataset
+from minirl_nb.verification import (
+    MathVerifier,
+    pool,
+    response_tail,
+    unjudgeable,
+    verify_exact,
+    verify_math,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,7 +215,11 @@ TAGGED = (
     "{problem}\n\nReason step by step, and put the final answer between <answer> and </answer>."
 )
 
-VERIFIERS = {"math": verify_math, "arithmetic": verify_arithmetic, "exact": verify_exact}
+VERIFIERS: dict[str, Callable] = {
+    "math": verify_math,
+    "arithmetic": verify_arithmetic,
+    "exact": verify_exact,
+}
 _TEMPLATES = {"math": BOXED, "arithmetic": "{problem}=", "exact": "{problem}"}
 
 # A reader takes a folder of local copies and a revision, each possibly None, and returns the
@@ -217,12 +233,14 @@ def register(name: str, reader: _Reader) -> None:
     where they came from."""
     _published[name] = reader
 
-# %% ../nbs/09b_tasks.ipynb #4633592f
+# %% ../nbs/09b_tasks.ipynb #e75f1e67
 _PROMPT_OPTIONS = ("template", "chat", "system", "thinking")
+_COLUMN_OPTIONS = ("problem", "answer")
+_JUDGED = RULES  # what a response may do and still be right (`answers.Rules`)
 _OPTIONS = {
-    "hf": ("problem", "answer", "config", "split", "revision", "verifier", *_PROMPT_OPTIONS),
-    "file": ("verifier", *_PROMPT_OPTIONS),
-    "published": ("root", "revision", *_PROMPT_OPTIONS),
+    "hf": (*_COLUMN_OPTIONS, "config", "split", "revision", "verifier", *_JUDGED, *_PROMPT_OPTIONS),
+    "file": (*_COLUMN_OPTIONS, "verifier", *_JUDGED, *_PROMPT_OPTIONS),
+    "published": ("root", "revision", *_JUDGED, *_PROMPT_OPTIONS),
 }
 
 
@@ -270,7 +288,7 @@ def _arithmetic_task(name: str, query: str) -> Task:
         special_tokens=True,
     )
 
-# %% ../nbs/09b_tasks.ipynb #61533ead
+# %% ../nbs/09b_tasks.ipynb #be7da40d
 def _listed_task(name: str, kind: str, body: str, query: str) -> Task:
     """A task of a file, a data set or a published set: problems from there, and the options that
     these kinds share."""
@@ -280,18 +298,20 @@ def _listed_task(name: str, kind: str, body: str, query: str) -> Task:
         raise ValueError(
             f"task {name!r}: no verifier {verifier!r}; there are {', '.join(VERIFIERS)}"
         )
-    source = name
+    source, places = name, []
     if kind == "published":
         problems, source = _published[body](options.get("root"), options.get("revision"))
     elif kind == "hf":
-        problems = hub_problems(body.removeprefix("hf:"), options)
+        problems, places = hub_problems(body.removeprefix("hf:"), options)
     else:
-        problems = read_jsonl(body)
+        problems, places = read_problems(body, options)
+    if verifier == "math":
+        _warn_of_golds(name, problems, places)
     arithmetic = verifier == "arithmetic"
     return Task(
         name,
         problems,
-        VERIFIERS[verifier],
+        _judge(name, verifier, options),
         template=options.get("template") or _TEMPLATES[verifier],
         tokenizer=arithmetic_tokenizer() if arithmetic else None,
         special_tokens=arithmetic,
@@ -301,7 +321,40 @@ def _listed_task(name: str, kind: str, body: str, query: str) -> Task:
         sources={"training": source},
     )
 
+# %% ../nbs/09b_tasks.ipynb #d43ce339
+_GOLDS_TRIED = 5000
+_NEEDS_NO_TRIAL = re.compile(r"[A-Za-z]|-?\d+(?:\.\d+)?|\\[dt]?frac\{\d+\}\{\d+\}")
 
+
+def _judge(name: str, verifier: str, options: dict[str, str]) -> Callable:
+    "The verifier of a task, with the rules that its string names."
+    given = {key: options[key] for key in _JUDGED if key in options}
+    if not given:
+        return VERIFIERS[verifier]
+    if verifier != "math":
+        raise ValueError(f"task {name!r}: {next(iter(given))} is a rule of the verifier math alone")
+    try:
+        return MathVerifier(Rules(**given))
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {error}") from None
+
+
+def _warn_of_golds(name: str, problems: Sequence[Problem], places: Sequence[str]) -> None:
+    first = {}
+    for place, problem in zip(places, problems):
+        if not _NEEDS_NO_TRIAL.fullmatch(problem.answer.strip()):
+            first.setdefault(problem.answer, place)
+    answers = list(first)[:_GOLDS_TRIED]
+    bad = unjudgeable(answers)
+    if bad:
+        warnings.warn(
+            f"{name}: no response can be right for {len(bad)} of the answers, because they cannot "
+            f"be read; the first is {bad[0]!r} ({first[bad[0]]})",
+            ProblemsWarning,
+            stacklevel=4,
+        )
+
+# %% ../nbs/09b_tasks.ipynb #31b331a7
 _LITERAL = re.compile(r"-?[\d.]+|true|false|null|\[.*\]")
 
 # %% ../nbs/09b_tasks.ipynb #61cb2fde
@@ -345,23 +398,23 @@ def _gym_task(name: str, source: str, query: str) -> Task:
     benchmarks = {"heldout": lists["heldout"]} if lists["heldout"] else {}
     return Task(name, lists["train"], verifier, benchmarks, template)
 
-# %% ../nbs/09b_tasks.ipynb #953e327c
+# %% ../nbs/09b_tasks.ipynb #0d7f28f7
 def load(name_or_path: str | Path, benchmarks: dict[str, str] | None = None) -> Task:
     """The task called `name_or_path`; `benchmarks` adds held-out problems, each by a name and a
     string of the same kind.
 
     - "arithmetic", also "arithmetic?seed=1": the built-in task.
-    - "FILE.jsonl": problems of one's own, checked by math-verify; `?verifier=arithmetic` (with the
-      built-in task's tokenizer) or `?verifier=exact`, `?template=...{problem}...`.
-    - "hf:NAME[:SPLIT]" with options `problem`, `answer` (columns, dots reach inside), `config`,
-      `split`, `revision`, `verifier`, `template`.
+    - "FILE.jsonl", also .json, .csv, .tsv, .parquet: problems of one's own, checked by math-verify;
+      `problem`, `answer` (columns, dots reach inside), `?verifier=arithmetic` (with the built-in
+      task's tokenizer) or `?verifier=exact`, `?template=...{problem}...`.
+    - "hf:NAME[:SPLIT]" with the same options, and `config`, `split`, `revision`.
     - "reasoning_gym:DATASET" with options `size`, `seed`, `template` and those of the data set.
     - the name of a published set, such as "aime24" or "dapo_math_17k", at a pinned revision, with
       options `root` and `revision`. `minirl_nb.benchmarks` registers them when it is imported.
 
-    Files and sets take `chat=true|false`, `system` and `thinking=true|false` too (`encode_prompt`).
-    A benchmark is put to the model as the training problems are, and judged by the same verifier:
-    it must name neither differently.
+    Files and sets take `chat=true|false`, `system` and `thinking=true|false` too (`encode_prompt`),
+    and `unboxed`, `percent`, `unevaluated` and `after` (`Rules`). A benchmark is put to the model
+    and judged as the training problems are: it must name none of these.
 
     Raises FileNotFoundError, ValueError (unknown names, malformed lines with file and line, a
     benchmark that shares a problem with the training problems), ConnectionError (a hub name without
@@ -375,7 +428,7 @@ def load(name_or_path: str | Path, benchmarks: dict[str, str] | None = None) -> 
         task = _gym_task(name, source, query)
     elif prefix == "hf":
         task = _listed_task(name, "hf", body, query)
-    elif body.endswith((".jsonl", ".json")):
+    elif Path(body).suffix.lower() in FILES and not Path(body).is_dir():
         task = _listed_task(name, "file", body, query)
     elif body in _published:
         task = _listed_task(name, "published", body, query)
@@ -387,13 +440,13 @@ def load(name_or_path: str | Path, benchmarks: dict[str, str] | None = None) -> 
         task = _with_benchmark(task, key, str(given))
     return task
 
-# %% ../nbs/09b_tasks.ipynb #3d4c9d5f
+# %% ../nbs/09b_tasks.ipynb #ba78ff42
 def _unknown(name: str, body: str) -> str:
     "Why a string names no task, and what would."
     if Path(body).exists():
         return (
-            f"task {name!r}: problems are read from a .jsonl file; a local data set folder is "
-            f"'hf:{body}'"
+            f"task {name!r}: problems are read from files ({', '.join(FILES)}); "
+            f"a local data set folder is 'hf:{body}'"
         )
     near = difflib.get_close_matches(body, ["arithmetic", *_published], 1)
     if near:
@@ -409,18 +462,20 @@ def _unknown(name: str, body: str) -> str:
 
 def _with_benchmark(task: Task, key: str, given: str) -> Task:
     other = load(given)
-    if other.verifier is not task.verifier:
+    alike = isinstance(other.verifier, MathVerifier) and isinstance(task.verifier, MathVerifier)
+    if other.verifier is not task.verifier and not alike:
         raise ValueError(
             f"benchmark {key!r} ({given}) is not judged as the task {task.name} is, so its "
             f"responses "
             "would all be wrong: task and benchmarks need one verifier"
         )
     options = dict(parse_qsl(given.partition("?")[2], keep_blank_values=True))
-    named = [option for option in _PROMPT_OPTIONS if option in options]
+    named = [option for option in (*_PROMPT_OPTIONS, *_JUDGED) if option in options]
     if named:
         raise ValueError(
-            f"benchmark {key!r} ({given}) names {named[0]!r}, but it is put to the model as the "
-            "task's problems are: say it in the task's name"
+            f"benchmark {key!r} ({given}) names {named[0]!r}, "
+            "but it is put to the model and judged as the task's problems are: "
+            "say it in the task's name"
         )
     return replace(
         task,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# %% ../nbs/12c_upcycle.ipynb #d6d89a09
+# %% ../nbs/12c_upcycle.ipynb #3a41ebcb
 @dataclass(frozen=True)
 class UpcycleConfig:
     "`minirl upcycle`: a mixture of experts from a dense model."
@@ -42,8 +42,8 @@ class UpcycleConfig:
     slices: int = 1
     """S, parts into which each feed-forward is cut; 1 copies it whole."""
     routers: Literal["grouped", "paired"] = "grouped"
-    """How routers of slices begin: a copy's slices chosen together, or each of two copies' slices by
-    itself. Without slices there is no difference."""
+    """How routers of slices begin: a copy's slices chosen together, or each slice one of two copies
+    by itself. Without slices there is no difference."""
     noise: float = 0.1
     """Standard deviation of the noise on each expert's matrices, over that of their numbers."""
     router: float = 0.1
@@ -134,7 +134,7 @@ def mixture_config(model: "PreTrainedModel", config: UpcycleConfig):
         raise ValueError("this Qwen3 has sliding windows; start from one without")
     return FAMILIES[c.model_type](c, c.intermediate_size // config.slices, config)
 
-# %% ../nbs/12c_upcycle.ipynb #0159a15d
+# %% ../nbs/12c_upcycle.ipynb #ae5b2ede
 def _router_rows(config: UpcycleConfig, hidden: int, gain: float, draw) -> Tensor:
     "[E, H] rows of one router, expert by expert: copies in order, slices within a copy."
     rows = draw(config.experts, hidden) * config.router / (gain * hidden**0.5)
@@ -165,8 +165,8 @@ def _fill(block: nn.Module, dense: nn.Module, gain: float, config: UpcycleConfig
 def upcycle(model: "PreTrainedModel", config: UpcycleConfig) -> "PreTrainedModel":
     """A mixture of experts that starts from a dense causal LM, in its dtype, in eval mode.
 
-    With `noise=0` and "grouped" routers its logits are the dense model's to rounding. ValueError: see
-    `mixture_config`."""
+    With `noise=0` and "grouped" routers its logits are the dense model's to rounding. ValueError:
+    see `mixture_config`."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -194,7 +194,7 @@ def upcycle(model: "PreTrainedModel", config: UpcycleConfig) -> "PreTrainedModel
     mixture.generation_config = model.generation_config
     return mixture.eval()
 
-# %% ../nbs/12c_upcycle.ipynb #65608bac
+# %% ../nbs/12c_upcycle.ipynb #5ef8e2ca
 def describe(model: "PreTrainedModel", mixture: "PreTrainedModel") -> str:
     "Shapes and counts of a dense model and of the mixture made of it."
     experts = [m for m in mixture.modules() if hasattr(m, "gate_up_proj")]
@@ -208,8 +208,8 @@ def describe(model: "PreTrainedModel", mixture: "PreTrainedModel") -> str:
     )
     return (
         f"{type(model).__name__}, {before / 1e6:.1f} M parameters\n"
-        f"-> {type(mixture).__name__}, {every / 1e6:.1f} M, of which a token uses {used / 1e6:.1f} M: "
-        f"{len(experts)} layers of {E} experts, {K} a token\n"
+        f"-> {type(mixture).__name__}, {every / 1e6:.1f} M, of which a token uses "
+        f"{used / 1e6:.1f} M: {len(experts)} layers of {E} experts, {K} a token\n"
         f"   in each layer: {shapes}, router {[E, mixture.config.hidden_size]}"
     )
 

@@ -129,6 +129,11 @@ class Sources:
         }
 
     def problem(self, module, path, arguments):
+        "None where one of the paths (`new or old`) is there; else what is wrong with the last."
+        found = [self._problem(module, p, arguments) for p in path.split(" or ")]
+        return None if None in found else found[-1]
+
+    def _problem(self, module, path, arguments):
         if self.file(module) is None:
             return "its module is gone"
         first, *rest = path.split(".")

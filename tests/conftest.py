@@ -22,6 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "_proc" / "inductor"))
+# torch keeps these in the temporary folder, whatever the variable above says
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
@@ -90,6 +92,7 @@ def _record():
 
 
 # ------------------------------------------------------------------------- nothing is left behind
+_older = frozenset()  # orphans in memory that were there before
 _own_folder = None  # the temporary folder of a run with workers, in the process that leads it
 _session = None
 
@@ -100,8 +103,9 @@ def _leads_workers(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    global _own_folder
+    global _own_folder, _older
     if _leads_workers(config):
+        _older = leftovers.orphans()
         # a short name: sockets lie in it, and their paths end at 107 characters
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None
         _own_folder = tempfile.mkdtemp(prefix="minirl-", dir=short)
@@ -121,7 +125,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if _own_folder is None:
         return
     own = [p for p in os.listdir(_own_folder) if p.startswith("pytest-of-")]
-    said = leftovers.tidy(_own_folder, but=own)
+    said = leftovers.tidy(_own_folder, but=own, older=_older)
     for name in own:
         shutil.rmtree(Path(_own_folder) / name, ignore_errors=True)
     if not said:
@@ -157,6 +161,21 @@ def no_progress_bars():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_as_found():
+    """A file of tests leaves its process as the next one expects it: no process group, no thread
+    setting of its own, and nothing that the processes of later tests would inherit."""
+    inherited = ("LD_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TMPDIR", "TORCHINDUCTOR_CACHE")
+
+    def state():
+        variables = {k: v for k, v in os.environ.items() if k.startswith(inherited)}
+        return variables, torch.get_num_threads(), torch.distributed.is_initialized()
+
+    before = state()
+    yield
+    assert state() == before
 
 
 def tiny_qwen3_moe(seed=0, **changes):
@@ -203,3 +222,28 @@ def moe_folder(tmp_path_factory):
     tiny_qwen3_moe().save_pretrained(folder)
     tasks.arithmetic_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def coldstart():
+    return ROOT / "data" / "coldstart"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, coldstart):
+    "A run of `small_runs.small` from the shipped cold start, for the tests that only look."
+    from small_runs import small
+
+    from minirl_nb.train import train
+
+    return train(small(tmp_path_factory.mktemp("finished") / "run", coldstart))
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory):
+    "The folder of a small mixture for plans: a config and no weights."
+    from plan_models import THIN
+
+    folder = tmp_path_factory.mktemp("mixture")
+    THIN.save_pretrained(folder)
+    return str(folder)

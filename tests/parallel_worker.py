@@ -1,7 +1,9 @@
-"""What a process of tests/test_parallel.py runs: `torchrun ... tests/parallel_worker.py CASES.json`, or without torchrun alone.
+"""What a process of tests/test_parallel.py runs: `torchrun ... tests/parallel_worker.py
+CASES.json`, or `... commands COMMANDS.json`.
 
-Each case is a config, and how its rows are to be shared. The rollouts are given, so that every number of processes trains on the same
-tokens: an engine that samples in FP8 is not continuous in its weights, and a rounding difference may become another token."""
+Each case is a config, and how its rows are to be shared. The rollouts are given, so that every
+number of processes trains on the same tokens: an engine that samples in FP8 is not continuous in
+its weights, and a rounding difference may become another token."""
 
 import json
 import os
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from minirl_nb import batch, run, train
+from minirl_nb.cli import main
 
 
 class Given:
@@ -60,19 +63,28 @@ SHARES = {
 }
 
 
+def begun(case, config, world):
+    "The run of a case, with its rollouts and its way to share rows."
+    share, make_engine = SHARES[case.get("share", "balanced")], run.make_engine
+    if share:
+        world.assign_rows = lambda cost, part: share(torch.arange(len(part)), world.size)
+    run.make_engine = lambda state: Given(case["rollouts"], state)
+    try:
+        return run.Run(config, world)
+    finally:
+        run.make_engine = make_engine
+
+
 def run_case(case):
     config = train.load_config(None, case["config"])
-    share = SHARES[case.get("share", "balanced")]
+    failed = Path(case.get("failed", Path(case["rollouts"]).parent / "failed"))
     with train.launched(config) as world:
-        if share:
-            world.assign_rows = lambda cost, part: share(torch.arange(len(part)), world.size)
-        run.make_engine = lambda state: Given(case["rollouts"], state)
-        state = run.Run(config, world)
+        state = begun(case, config, world)
         stop = case.get("stop", config.steps)
         while state.step < stop:
             for how in ("fail", "kill", "freeze"):
                 if case.get(how) == [world.rank, state.step]:
-                    (Path(case["rollouts"]).parent / "failed").touch()
+                    failed.touch()
             if case.get("fail") == [world.rank, state.step]:
                 raise train.TrainingError(f"gradient step {state.step}: made to fail")
             if case.get("kill") == [world.rank, state.step]:
@@ -105,13 +117,40 @@ def run_case(case):
             save_file(weights, state.folder / "final.safetensors")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    if "WORLD_SIZE" in os.environ and len(cases) > 1:
+def run_commands(path):
+    """Each command in a fork of this process, as if it had been started alone: exit status and what
+    it printed go to `said-NUMBER-RANK.json` beside the list of commands."""
+    for number, command in enumerate(json.loads(path.read_text())):
+        said = path.with_name(f"said-{number}-{os.environ['RANK']}")
+        child = os.fork()
+        if not child:
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(command["port"])}
+            for stream in (1, 2):
+                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            try:
+                sys.exit(main(command["words"]))
+            except SystemExit as end:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code)
+        _, status = os.waitpid(child, 0)
+        result = [os.waitstatus_to_exitcode(status), said.read_text()]
+        said.with_suffix(".json").write_text(json.dumps(result))
+
+
+def run_cases(path):
+    cases = json.loads(path.read_text())
+    several = "WORLD_SIZE" in os.environ and len(cases) > 1
+    if several:
         torch.distributed.init_process_group("gloo")
     for case in cases:
         run_case(case)
-    if "WORLD_SIZE" in os.environ and len(cases) > 1:
+    if several:
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    *kind, path = sys.argv[1:]
+    (run_commands if kind == ["commands"] else run_cases)(Path(path))

@@ -1,4 +1,4 @@
-"""Small models and the configs that the plan's tests run them with."""
+"""Small models, and what the plan's tests plan with them."""
 
 from dataclasses import replace
 

@@ -1,84 +1,89 @@
-"""Engineering tests of `answers`: verdicts on single answers, and the two-stage parser."""
+"""Engineering tests of `answers`: which text of a response answers."""
 
-import json
-import subprocess
-import sys
+import time
 
 import pytest
 
-from minirl_nb.verification import Pool
+from minirl_nb.answers import TAIL, Rules, answer_text, final_answer
+
+FINAL = [
+    (r"\boxed{5}", "5"),
+    (r"First \boxed{3}, then \boxed{7}", "7"),
+    (r"\boxed{1} and \boxed{2}", "1, 2"),
+    (r"\boxed{1}, \boxed{2}, or $\boxed{3}$", "1, 2, 3"),
+    (r"\boxed{1} \quad \text{and} \quad \boxed{2}", "1, 2"),
+    (r"\boxed{5} \boxed{5}", "5"),
+    (r"\boxed{5}. I put it in \boxed{}.", "5"),
+    (r"\boxed{5}. The sign is \boxed{\ldots}.", "5"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\left\{1,2\right.}", r"\left\{1,2\right."),  # an escaped brace is text
+    (r"\boxed{\boxed{5}}", r"\boxed{5}"),
+    (r"\fbox{5}", "5"),
+    (r"\framebox{5}", "5"),
+    (r"\boxed 5.", "5"),
+    (r"\boxed{4} then \fbox{5}", "5"),
+    (r"a {stray brace and \boxed{5}", "5"),
+    (r"a stray} brace and \boxed{5}", "5"),
+    (r"\boxed{5", None),
+    (r"\boxed{5} and, no, \boxed{12", None),
+    (r"use \boxed{ for it: \boxed{5}", "5"),
+    (r"\boxed{\phantom{5}}", None),
+    ("<think>maybe \\boxed{5}", None),
+    (r"<think>\boxed{4}</think> \boxed{5}", "5"),
+    (r"<think>\boxed{5}</think> So it is.", None),
+    (r"\boxed{4}</think> \boxed{5}", "5"),
+    (r"<think>a</think> \boxed{5} <think> \boxed{6}", None),
+    (r"\boxed{5}" + " and so on" * 3000, "5"),
+    (r"\boxed{5}" + " 6" * 10_000, "5"),
+    (r"\boxed{" + "5" * (TAIL + 1) + "}", None),
+    ("no box, 5", None),
+    ("", None),
+]
 
 
-@pytest.fixture(scope="module")
-def checker():
-    pool = Pool(workers=2)
-    yield pool
-    pool.close()
+@pytest.mark.parametrize("text, expected", FINAL, ids=[repr(t[:40]) for t, _ in FINAL])
+def test_final_answer(text, expected):
+    assert final_answer(text) == expected
+
+
+def test_what_is_judged():
+    long = r"\boxed{5}" + " x" * TAIL
+    assert answer_text(long) == r"\boxed{5}"
+    accept = Rules(unboxed="accept")
+    assert answer_text("It is 5.") == "" and answer_text("It is 5.", accept) == "It is 5."
+    assert (
+        answer_text("x" * 3 * TAIL + " It is 5.", accept) == ("x" * 3 * TAIL + " It is 5.")[-TAIL:]
+    )
+    assert answer_text(r"It is 5. \boxed{6", accept) == ""  # cut off in its box
+    assert answer_text("<think>It is 5.", accept) == ""
+    marked = Rules(after="</think>")
+    assert answer_text(r"is it \boxed{5}?", marked) == ""  # never left its thinking
+    assert answer_text(r"is it \boxed{4}?</think>\boxed{5}", marked) == r"\boxed{5}"
+    for text in (None, 5, b"5", ["5"]):
+        assert answer_text(text, accept) == ""
+
+
+def test_what_is_judged_is_found_again():
+    "The processes that judge look for the answer once more, in what they are sent."
+    for text, expected in FINAL:
+        sent = answer_text(text)
+        assert (final_answer(sent) if sent else None) == expected
 
 
 @pytest.mark.parametrize(
-    "gold, text, expected",
-    [
-        (r"\frac{1}{2}", r"\boxed{0.5}", 1),
-        ("0.5", r"\boxed{\frac12}", 1),
-        ("72", "#### 72", 1),
-        ("x^2-1", r"\boxed{(x-1)(x+1)}", 1),
-        (r"$\sqrt{8}$", r"$2\sqrt{2}$", 1),
-        ("7", r"First \boxed{3}, then \boxed{7}", 1),
-        ("7", r"First \boxed{7}, then \boxed{3}", 0),
-        (r"\{1,2\}", r"\boxed{1} and \boxed{2}", 1),
-        ("7", "", 0),
-        ("7", r"\boxed{", 0),
-        ("7", "\x00\ud800", 0),
-        ("(1,2)", r"\boxed{(1, 2)}", 1),
-        ("Evelyn", r"\boxed{Evelyn}", 1),
-        ("$x + 1$", r"\boxed{x+1}", 1),
-        ("7", r"\boxed{ }", 0),
-        ("7", r"\boxed{٧}", 1),
-        ("12", r"\boxed{1 2}", 1),
-        ("1" * 200, r"\boxed{" + "1" * 200 + "}", 1),
-        ("7", r"\boxed{7.0}", 1),
-        ("007", r"\boxed{7}", 1),
-        ("7", r"\boxed{-7}", 0),
-        ("-7", r"$\boxed{-7}$.", 1),
-        ("50\\%", r"\boxed{0.5}", 1),
-        ("7", r"\boxed{7" + "}" * 3000, 1),
-        ("7", r"\boxed{8}" + "x" * 10_000, 0),
-    ],
+    "text",
+    [r"\boxed{" * 20_000, r"\boxed{}" * 20_000, "{" * 200_000, "\\" * 200_001, "<think>" * 30_000]
+    + [r"\boxed{1}, " * 10_000, r"\boxed" + " " * 200_000, r"\boxed{" * 9_000 + "}" * 9_000],
+    ids=str.__len__,
 )
-def test_math_verdicts(checker, gold, text, expected):
-    assert checker.check([("math", gold, text)]) == [expected]
+def test_one_pass_finds_the_answer_of_a_hostile_response(text):
+    start = time.process_time()
+    answer_text(text, Rules(unboxed="accept"))
+    assert time.process_time() - start < 1.0  # a few hundredths; a quadratic search takes minutes
 
 
-EXPRESSIONS = r"""x^2+3x-4 | (1,2) | \frac{3}{4} | 2\sqrt{3} | -17 | \{1,2,3\} | [0,1) | x\in(1,2]
-    | \begin{pmatrix}1&2\\3&4\end{pmatrix} | \log_2 5
-    | \sin x+\cos^2 x | 3\cdot 10^5 | \int_0^1 x dx | \sum_{i=1}^n i
-    | x=3,y=4 | f(x)=2x | \binom{5}{2} | 2^{n+1}-1 | 5! | a_{n}=n^2
-    | 1\frac{1}{2} | 90^\circ | 12,345 | \text{east} | x<y<z
-    | (-\infty, 3)\cup[5,\infty) | e^{i\pi} | \frac{x^2-1}{x+1}+xy | 2(x+1)(x-3)
-    | \pm 3 | \overline{AB} | 3\% | \$5 | 1{,}000 | x^2+y^2=1 | \frac{ | x^ | )(""".split("|")
-
-
-def test_two_stage_parsing_changes_no_tree(tmp_path):
-    code = """if True:
-        import json, logging, sys
-        from math_verify import parse
-        from minirl_nb import answers
-        logging.disable(50)
-        boxes = ["\\\\boxed{" + e.strip() + "}" for e in json.load(open(sys.argv[1]))]
-        trees = lambda: [[repr(x) for x in parse(box, parsing_timeout=None)] for box in boxes]
-        plain = trees(); answers.two_stage_parsing(); assert len(plain) > 30
-        print([(a, b) for a, b in zip(plain, trees()) if a != b])"""
-    (tmp_path / "e.json").write_text(json.dumps(EXPRESSIONS))
-    out = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "e.json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert out.stdout.strip() == "[]", out.stdout + out.stderr
-
-
-def test_strange_golden_answers(checker):
-    golds = ["", "Evelyn", "$$", "\\boxed{", "1", "\\frac{", r"\boxed{9^{9^{9^9}}}"]
-    assert checker.check([("math", gold, r"\boxed{1}") for gold in golds]) == [0, 0, 0, 0, 1, 0, 0]
+def test_rules_are_checked():
+    with pytest.raises(ValueError, match="percent is 'yes'; it must be number or either"):
+        Rules(percent="yes")
+    with pytest.raises(ValueError, match="unboxed is 'no'; it must be refuse or accept"):
+        Rules(unboxed="no")

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from end_tokens import ends_rightly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirl_nb import tasks
+from minirl_nb import cli, run, tasks
 from minirl_nb.batch import Rollout
+from minirl_nb.config import load_config
 from minirl_nb.evaluate import (
     EvalResult,
     bootstrap_interval,
@@ -276,3 +278,43 @@ def test_interval_is_cut_to_probabilities():
     low, high = result({"b": [[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]}).interval()
     assert 0 <= low <= high <= 1
     assert result({"b": [[1], [1], [1]]}).interval() == (1.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------- end tokens
+def test_runs_and_evaluations_end_responses_by_one_rule(tmp_path, moe, monkeypatch, capsys):
+    "All end tokens of generation_config and tokenizer; the recipe may name others."
+    moe.generation_config.eos_token_id = [14, 13]
+    moe.save_pretrained(tmp_path / "model")
+    tasks.arithmetic_tokenizer().save_pretrained(tmp_path / "model")
+    seen = []
+
+    def kept(engine, task, **options):
+        seen.append(engine.eos.tolist())
+        return evaluate(engine, task, **options)
+
+    monkeypatch.setattr("minirl_nb.evaluate.evaluate", kept)
+    words = ["--samples", "4", "--max_new_tokens", "12"]
+    cli.main(["evaluate", str(tmp_path / "model"), *words])
+    cli.main(["evaluate", str(tmp_path / "model"), *words, "--end_tokens", "14"])
+    shown = capsys.readouterr().out.splitlines()
+
+    def engine_of(**changes):
+        name = "-".join(map(str, changes.values()))
+        known = {
+            "model.path": str(tmp_path / "model"),
+            "output.folder": str(tmp_path / f"run{name}"),
+        }
+        return run.Run(load_config(None, known | {"rollout.max_new_tokens": 24} | changes)).engine
+
+    for changes, end, row in (({}, [14, 13, 15], 0), ({"rollout.end_tokens": [14]}, [14], 1)):
+        engine = engine_of(**changes)
+        assert engine.eos.tolist() == seen[row] == end
+        result = evaluate(engine, TASK, n=4, max_new_tokens=12)
+        # the evaluation's lengths and cuts are those of the same rule
+        assert result.table().splitlines()[-1] == [x for x in shown if x.startswith("mean")][row]
+        rows = engine.generate([TASK.encode(p) for p in TASK.benchmarks["easy"]], result.sampling)
+        assert float(rows.response_length.float().mean()) == pytest.approx(result.length["easy"])
+        assert float((~rows.finished).float().mean()) == pytest.approx(result.cut["easy"])
+        assert ends_rightly(rows, end)
+    with pytest.raises(ValueError, match="rollout.end_tokens names 99, but the model has tokens 0"):
+        engine_of(**{"rollout.end_tokens": [99]})

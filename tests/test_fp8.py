@@ -4,6 +4,7 @@ import copy
 
 import moe_families
 import pytest
+import small_models
 import torch
 import torch.nn.functional as F
 from test_e4m3 import by_cast, reference, same_bits
@@ -19,13 +20,7 @@ KINDS = ["tensor", "channel", "block"]
 
 
 # ------------------------------------------------------------------------------------------- models
-MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-FAMILIES = {
-    "qwen3_moe": MOE,
-    "qwen2_moe": MOE | dict(shared_expert_intermediate_size=32),
-    "mixtral": dict(num_local_experts=4),
-    "olmoe": dict(num_experts=4, num_experts_per_tok=2),
-    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2),
+FAMILIES = small_models.FAMILIES | {
     "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2),
     "flex_olmo": dict(num_experts=4, num_experts_per_tok=2),
     "glm4_moe": dict(
@@ -40,22 +35,13 @@ FAMILIES = {
     "llama": {},
     "qwen3": {},
 }
-SMALL = dict(
-    vocab_size=48,
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    pad_token_id=0,
-    max_position_embeddings=64,
-)
 
 
 def build(family="qwen3_moe", seed=0, **overrides):
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **SMALL | FAMILIES.get(family, {}) | overrides)
+    config = AutoConfig.for_model(
+        family, **small_models.SMALL | FAMILIES.get(family, {}) | overrides
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_batches import PROPERTY, batches, make
+from textbook_masks import dppo_kl, dppo_tv, one_by_one, opsm, trm_max
 
 from minirl_nb.clipping import Clip
 from minirl_nb.exact import (
@@ -21,18 +22,24 @@ from minirl_nb.exact import (
 )
 from minirl_nb.objective import (
     CISPO,
+    DPPO_KL,
+    DPPO_TV,
     GRPO,
     GSPO,
     MINIRL,
     MINIRL_LENGTH_NORM,
     MINIRL_NO_IS,
+    OPSM,
     PRESETS,
     REINFORCE,
+    TRM,
+    VESPO,
     Objective,
     equal_groups,
     group_advantage,
 )
-from minirl_nb.weights import MIS, TIS, Clamp, Geometric, IcePop
+from minirl_nb.trust import CTPO_REGION, TRM_MEAN_REGION
+from minirl_nb.weights import MIS, TIS, Clamp, Gamma, Geometric, IcePop
 
 EPS = torch.finfo(torch.float64).eps
 seeds = st.integers(0, 2**31)
@@ -117,7 +124,48 @@ def length_norm(b, logp):
     return total / len(logp)
 
 
+def without(b, logp, gone):
+    "E_mu[A sum_t rho_t] over the tokens that a mask leaves, one response at a time."
+    total = 0.0 * logp.sum()  # all may be gone
+    for i in range(len(logp)):
+        for t in tokens_of(b, i):
+            if (i, t) not in gone:
+                total = total + (logp[i, t] - b.logp_mu[i, t]).exp() * b.advantage[i]
+    return total / len(logp)
+
+
+def opsm_form(b, logp):
+    "2512.02556: GRPO's loss with the rollout engine in the place of pi_old, times the mask."
+
+    def ppo_drops(pi, old, mu, a):
+        return a > 0 and pi / mu > 1.2 or a < 0 and pi / mu < 0.8
+
+    gone = opsm(b) | one_by_one(b, ppo_drops)
+    return sum(
+        without(b.rows([i]), logp[i : i + 1], {(0, t) for j, t in gone if j == i})
+        / len(tokens_of(b, i))
+        for i in range(len(logp))
+    ) / len(logp)
+
+
+def vespo(b, logp):
+    "2602.10693, Eq. 20."
+    total = 0.0
+    for i in range(len(logp)):
+        y, a = tokens_of(b, i), float(b.advantage[i])
+        W = math.prod(math.exp(b.logp[i, t] - b.logp_mu[i, t]) for t in y)
+        c1, c2 = (2, 3) if a >= 0 else (3, 2)
+        phi = W**c1 * math.exp(c2 * (1 - W)) if W < 200 else 0.0
+        total = total + sum(phi * a * logp[i, t] for t in y)
+    return total / len(logp)
+
+
 TEXTBOOK = {
+    "dppo_tv": (DPPO_TV, lambda b, logp: without(b, logp, dppo_tv(b))),
+    "dppo_kl": (DPPO_KL, lambda b, logp: without(b, logp, dppo_kl(b))),
+    "trm": (TRM, lambda b, logp: without(b, logp, trm_max(b))),
+    "opsm": (OPSM, opsm_form),
+    "vespo": (VESPO, vespo),
     "minirl": (MINIRL, eq7),
     "minirl_no_is": (MINIRL_NO_IS, no_is),
     "minirl_length_norm": (MINIRL_LENGTH_NORM, length_norm),
@@ -187,6 +235,8 @@ MANY = [
     Objective(truncation=Geometric(0.8, 1.2), normalizer="tokens"),
     Objective(weight="none", truncation=None, clip=None),
     Objective(weight="sequence", truncation=TIS(), truncation_of="discrepancy"),
+    Objective(weight="prefix", truncation=None, clip=CTPO_REGION),
+    Objective(weight="prefix", truncation=Gamma(), clip=TRM_MEAN_REGION),
 ]
 
 
@@ -369,6 +419,22 @@ def test_group_advantage_is_a_loop_over_groups(seed, groups, G, std):
     )
 
 
+@pytest.mark.parametrize("std", [False, True])
+def test_group_advantage_is_its_definition_to_the_bit(std):
+    "Group by group, sums in the order of the responses."
+    g = torch.Generator().manual_seed(0)
+    group = torch.randint(0, 7, (60,), generator=g) * 3
+    reward = torch.randn(60, dtype=torch.float64, generator=g)
+    found = group_advantage(reward, group, std)
+    for k in group.unique():
+        members = (group == k).nonzero()[:, 0].tolist()
+        rewards = [float(reward[b]) for b in members]
+        mean = sum(rewards) / len(rewards)
+        centred = [x - mean for x in rewards]
+        deviation = math.sqrt(sum(x * x for x in centred) / len(rewards)) if std else 1.0
+        assert [float(found[b]) for b in members] == [x / deviation for x in centred]
+
+
 def test_group_advantage_on_literals():
     reward, group = torch.tensor([1.0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 0, 7, 7])
     assert group_advantage(reward, group).tolist() == [0.5, -0.5, -0.5, 0.5, 0, 0]
@@ -458,12 +524,13 @@ def test_a_nan_on_a_response_token_reaches_the_loss(b_nan):
         uses = {
             "logp": True,
             "logp_old": objective.clip is not None
-            or objective.weight not in ("pi/mu", "none", "sequence"),
-            "logp_mu": objective.weight in ("pi/mu", "sequence", "old/mu"),
+            or objective.weight not in ("pi/mu", "none", "prefix", "sequence"),
+            "logp_mu": objective.weight in ("pi/mu", "prefix", "sequence", "old/mu"),
         }[b_nan]
         _, s = objective(**b.named())
         assert any(math.isnan(v) for v in s.values())  # the statistics always show it
-        if uses and not (b_nan == "logp_old" and objective.weight in ("pi/mu", "sequence")):
+        follows_mu = objective.weight in ("pi/mu", "prefix", "sequence")
+        if uses and not (b_nan == "logp_old" and follows_mu):
             assert not torch.isfinite(objective.loss(**b.named())), objective
 
 
@@ -490,6 +557,28 @@ def test_presets_are_the_papers_settings():
     assert MINIRL == Objective("pi/mu", TIS(5.0), Clip(0.2, 0.27), "mean", "responses")
     assert CISPO.truncation == Clamp(0.8, 1.27) and GSPO.clip == Clip(3e-4, 4e-4, "sequence")
     assert {o.advantage for o in (GRPO, CISPO, GSPO)} == {"mean_std"}
+
+
+@PROPERTY
+@given(batches, st.sampled_from(["pi/mu", "prefix", "sequence"]))
+def test_rejection_and_weighting_combine_freely(b, weight):
+    "The mask drops tokens and leaves the weights of the others, and other masks, as they are."
+    plain = Objective(weight=weight, truncation=None, clip=None)
+    _, free = loss_and_grad(plain, b)
+    for region in (CTPO_REGION, TRM_MEAN_REGION, DPPO_TV.clip, OPSM.clip, MINIRL.clip):
+        keep, _, _ = region(**b.named())
+        _, g = loss_and_grad(replace(plain, clip=region), b)
+        assert torch.equal(g, torch.where(keep, free, 0.0))
+
+
+@PROPERTY
+@given(batches)
+def test_the_later_presets_do_not_look_at_pi_old(b):
+    "A run of two policies need not recompute it."
+    for objective in (DPPO_TV, DPPO_KL, TRM, OPSM, VESPO):
+        got = loss_and_grad(objective, replace(b, logp_old=b.logp_mu))
+        for x, y in zip(got, loss_and_grad(objective, b)):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.gpu
@@ -542,15 +631,53 @@ def test_a_token_without_gradient_may_have_probability_zero(name, why):
     assert unclipped or g[0, 2] == 0
 
 
-@PROPERTY
-@given(batches, st.sampled_from(MANY), st.lists(st.integers(0, 8), min_size=1, max_size=5))
-def test_any_split_over_ranks_and_micro_batches_is_the_whole(b, objective, sizes):
-    "Ranks hold any number of responses, none included; each divides by the count of the whole."
-    loss, g = loss_and_grad(objective, b)
+NORMALIZERS = ["responses", "response_length", "tokens"]
+EVERY = [replace(o, normalizer=n) for o in PRESETS.values() for n in NORMALIZERS] + MANY
+
+
+def in_parts(b, sizes):
+    "Rows in parts of these sizes and a last one with the rest; parts may be empty."
     ends = torch.tensor(sizes).cumsum(0).clamp(max=len(b.logp)).tolist()
     cuts = [0, *ends, len(b.logp)]
-    parts = [b.rows(slice(i, j)) for i, j in zip(cuts, cuts[1:])]
+    return [b.rows(slice(i, j)) for i, j in zip(cuts, cuts[1:])]
+
+
+@pytest.mark.parametrize("objective", EVERY, ids=range(len(EVERY)))
+@settings(PROPERTY, max_examples=20)
+@given(
+    b=batches,
+    ranks=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    micro=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    infinite=st.floats(0, 1),
+    seed=seeds,
+)
+def test_any_split_over_ranks_and_micro_batches_is_the_whole(
+    objective, b, ranks, micro, infinite, seed
+):
+    """Every preset under every normaliser. Ranks hold any number of responses and cut them into any
+    micro-batches, none and empty ones included; each part divides by the count of the whole, and
+    the ranks add up. Tokens that count for nothing (off the mask, or without advantage) may have
+    any probability, also zero or NaN off the mask: loss and gradient stay those of the whole.
+    """
+    clean_loss, clean_g = loss_and_grad(objective, b)
+    g = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(b.logp.shape, generator=g) < infinite
+    junk = torch.tensor([-math.inf, math.inf, math.nan], dtype=torch.float64)
+    off, idle = chosen & ~b.response_mask, chosen & (b.advantage == 0)[:, None] & b.response_mask
+    for name in ("logp", "logp_old", "logp_mu"):
+        x = getattr(b, name).clone()
+        x[off] = junk[torch.randint(0, 3, (int(off.sum()),), generator=g)]
+        setattr(b, name, x)
+    b.logp = b.logp.masked_fill(idle, -math.inf)
+    loss, grad = loss_and_grad(objective, b)
+    parts = [m for rank in in_parts(b, ranks) for m in in_parts(rank, micro)]
     n = max(sum(objective.count(p.response_mask) for p in parts), 1)
+    assert n == max(objective.count(b.response_mask), 1)
     got = [loss_and_grad(objective, p, n) for p in parts]
+    # sums of up to 72 terms in another order, each rounded at 1e-16
     torch.testing.assert_close(sum(x for x, _ in got), loss, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(torch.cat([x for _, x in got]), g, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.cat([x for _, x in got]), grad, rtol=1e-13, atol=0)
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
+    torch.testing.assert_close(grad, clean_g, rtol=1e-13, atol=0)
+    if not idle.any():
+        torch.testing.assert_close(loss, clean_loss, rtol=1e-12, atol=1e-13)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SMALL
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minirl_nb import packed as packing
@@ -142,16 +143,7 @@ def test_a_weak_state_is_noticed_too(family):
     1e-5 nats. A leak is measured against the same shapes with another first row, where even
     roundings agree, so it shows.
     """
-    small_ = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-        max_position_embeddings=64,
+    sizes = SMALL | dict(
         mamba_d_ssm=32,
         mamba_n_heads=4,
         mamba_d_head=8,
@@ -161,7 +153,7 @@ def test_a_weak_state_is_noticed_too(family):
         lru_width=32,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small_)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
     with pytest.raises(NotImplementedError, match=type(model).__name__):
         pack_attention(model)
 

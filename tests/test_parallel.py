@@ -1,11 +1,20 @@
-"""Runs on several gloo processes against a run on one. `parallel_worker.py` is what each process runs.
+"""Runs on several gloo processes against a run on one. `parallel_worker.py` is what each process
+runs.
 
-The bound: sums over ranks are taken in another order than sums over rows, 6e-8 a rounding in float32; AdamW divides by the root of a
-mean square, so that an entry whose gradient is itself a rounding moves by up to the learning rate whatever its size. After 12 steps
-losses and gradient norms agree to 1e-5 of their size and the weights, as one vector, to 1e-5 of their norm; measured: 1.3e-6, 5e-6 and
-4e-6. A single tensor with small gradients may be off by ten times more (measured 5e-5), and is held to 3e-4."""
+Sums over ranks are taken in another order than sums over rows: u = 2^-24 = 6e-8 a rounding in
+float32. Losses, gradient norms and the weights as one vector are sums of thousands of such terms,
+so a step adds up to about 14 u to them, and 12 steps add 12 x 14 u = 1e-5. AdamW divides by
+the root of a mean square: an entry whose gradient is itself a rounding moves by up to the learning
+rate whatever its size, so a tensor of small gradients is held to 30 times that. Measured over all
+cases: 1.3e-6, 5e-6, 4e-6, and 5e-5 for the worst tensor.
+
+Processes are dear: each imports torch and transformers. So the cases of one number of processes
+share a launch, what runs on one process runs in this one, and commands that must fail are forks of
+processes that have imported everything."""
 
 import atexit
+import contextlib
+import io
 import json
 import os
 import re
@@ -15,18 +24,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from parallel_worker import run_case
 from safetensors.torch import load_file
 
 from minirl_nb import batch, checkpoint, parallel, tasks, train
+from minirl_nb.cli import main
 from minirl_nb.rollout import Sampling, TorchEngine
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "parallel_worker.py"
-BOUND = 1e-5
+BOUND = 1e-5  # of losses, gradient norms and all weights: see above
 PROMPTS, RESPONSES, STEPS = 6, 8, 12
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -47,26 +59,11 @@ atexit.register(shutil.rmtree, LOGS, ignore_errors=True)
 
 
 def start(processes, *command):
-    "A command under torchrun, or alone for one process."
-    runner = (
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--max-restarts",
-            "0",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-        ]
-        if processes
-        else [sys.executable]
-    )
+    "A command under torchrun."
+    options = f"--nproc-per-node {processes} --max-restarts 0 --rdzv-backend c10d"
+    options += " --rdzv-endpoint localhost:0"
     return subprocess.Popen(
-        [*runner, *map(str, command)],
+        [sys.executable, "-m", "torch.distributed.run", *options.split(), *map(str, command)],
         cwd=ROOT,
         env=ENVIRONMENT | {"TMPDIR": LOGS},
         text=True,
@@ -76,11 +73,20 @@ def start(processes, *command):
 
 
 def work(processes, cases, folder):
+    "Run the cases one after the other: in this process, or in so many."
+    if processes == 1:
+        before = Path.cwd()
+        os.chdir(ROOT)
+        try:
+            for case in cases:
+                run_case(case)
+        finally:
+            os.chdir(before)
+        return
     (folder / f"cases{processes}.json").write_text(json.dumps(cases))
-    p = start(processes if processes > 1 else 0, WORKER, folder / f"cases{processes}.json")
+    p = start(processes, WORKER, folder / f"cases{processes}.json")
     out, _ = p.communicate(timeout=900)
     assert p.returncode == 0, out[-4000:]
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +160,29 @@ SHARED = {
 }
 
 
+RESUMED = {"one": 1, "four": 4, "two": 2}  # a run's name: the processes it goes on with
+
+
 @pytest.fixture(scope="module")
-def compared(given):
-    "All runs of this file's comparisons: alone, and on two processes."
-    work(1, [given(f"alone-N{n}-{r}", n, r) for n, r in SETTINGS], given.folder)
-    work(2, [given(name, n, r, **more) for name, (n, r, more) in SHARED.items()], given.folder)
+def compared(given, silent):
+    """All runs of this file's comparisons. First alone, then on two processes, then again alone
+    and on four what was begun on two."""
+
+    def resumed(k):
+        return given(f"resumed-{k}", 4, "R3", config={"resume": True})
+
+    def from_one(config=(), **more):
+        return given("from-one", 1, "R2", config=config, **more)
+
+    alone = [given(f"alone-N{n}-{r}", n, r) for n, r in SETTINGS]
+    work(1, [*alone, from_one(stop=6, checkpoint=True)], given.folder)
+    pairs = [given(name, n, r, **more) for name, (n, r, more) in SHARED.items()]
+    begun = [given(f"resumed-{k}", 4, "R3", stop=8, checkpoint=True) for k in RESUMED]
+    apart = {"resume": True, "parallel.expert": 2}
+    spread = from_one(apart, stop=9, checkpoint=True)
+    work(2, [*pairs, *begun, spread, resumed("two")], given.folder)
+    work(1, [resumed("one"), from_one({"resume": True})], given.folder)
+    work(4, [resumed("four")], given.folder)
     return given.folder
 
 
@@ -200,44 +224,29 @@ def test_two_processes_are_one(name, compared):
 
 
 def test_a_comparison_would_notice(compared):
-    "Runs that differ in the replay alone are further apart than the bound: the comparison above can fail."
+    """Runs that differ in the replay alone are further apart than the bound: the comparison above
+    can fail."""
     with pytest.raises(AssertionError):
         assert_equal_runs(compared / "alone-N4-R2", compared / "balanced-N4-R3")
 
 
-def test_resumed_on_other_numbers_of_processes(given, compared):
-    "Stopped at 8 of 12 steps on two processes, while weights change under the writer's hands; resumed on one, on four, on two."
-    names = ("one", "four", "two")
-    work(2, [given(f"resumed-{k}", 4, "R3", stop=8, checkpoint=True) for k in names], given.folder)
-    for k, n in zip(names, (1, 4, 2)):
-        assert (given.folder / f"resumed-{k}/checkpoints/step_000008/shards").is_dir()
-        work(n, [given(f"resumed-{k}", 4, "R3", config={"resume": True})], given.folder)
-        assert_equal_runs(compared / "alone-N4-R3", given.folder / f"resumed-{k}")
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_on_other_numbers_of_processes(name, compared):
+    """Stopped at 8 of 12 steps on two processes, while weights change under the writer's hands;
+    resumed on one, on four, on two."""
+    assert (compared / f"resumed-{name}/checkpoints/step_000008/shards").is_dir()
+    assert_equal_runs(compared / "alone-N4-R3", compared / f"resumed-{name}")
 
 
-def test_resumed_with_experts_apart_and_from_one_process(given, compared):
-    work(1, [given("from-one", 1, "R2", stop=6, checkpoint=True)], given.folder)
-    work(
-        2,
-        [
-            given(
-                "from-one",
-                1,
-                "R2",
-                config={"resume": True, "parallel.expert": 2},
-                stop=9,
-                checkpoint=True,
-            )
-        ],
-        given.folder,
-    )
-    work(1, [given("from-one", 1, "R2", config={"resume": True})], given.folder)
-    assert_equal_runs(compared / "alone-N1-R2", given.folder / "from-one")
+def test_resumed_with_experts_apart_and_from_one_process(compared):
+    "Six steps on one process, three on two with experts apart, three on one."
+    assert_equal_runs(compared / "alone-N1-R2", compared / "from-one")
 
 
 # ------------------------------------------------------------------------------------------ failures
 def run_to_its_end(processes, cases, folder, limit=60):
-    "What was printed, and seconds from the moment of the failure (a file that the failing rank leaves) to the end of all."
+    """What was printed, and seconds from the moment of the failure (a file that the failing rank
+    leaves) to the end of all."""
     (folder / "failing.json").write_text(json.dumps(cases))
     p = start(processes, WORKER, folder / "failing.json")
     out, _ = p.communicate(timeout=300)
@@ -260,10 +269,17 @@ def test_a_killed_rank_ends_all(given):
     assert code != 0 and seconds < 60 and re.search(r"rank\s*:\s*1", out) and "SIGKILL" in out
 
 
-def test_the_guard_ends_a_rank_that_nobody_else_would(given):
-    """Two launchers, as on two machines. Rank 1 freezes with its connections open, so that neither a launcher nor gloo sees anything:
-    rank 0, in a collective that would wait for half an hour, ends because rank 1 has fallen silent, and says so."""
-    (given.folder / "silent.json").write_text(json.dumps([given("silent", 1, "R3", freeze=[1, 2])]))
+@pytest.fixture(scope="module")
+def silent(given):
+    """Two launchers, as on two machines. Rank 1 freezes with its connections open, so that neither
+    a launcher nor gloo sees anything. It takes half a minute of waiting to find out: started
+    early, asked for late. In the end: rank 0's exit status, what it printed, seconds since the
+    freezing."""
+    folder = given.folder.parent / f"{given.folder.name}-silent"
+    folder.mkdir()
+    (folder / "cases.json").write_text(
+        json.dumps([given("silent", 1, "R3", freeze=[1, 2], failed=str(folder / "failed"))])
+    )
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port, processes = s.getsockname()[1], []
@@ -277,7 +293,7 @@ def test_the_guard_ends_a_rank_that_nobody_else_would(given):
         }
         processes.append(
             subprocess.Popen(
-                [sys.executable, str(WORKER), str(given.folder / "silent.json")],
+                [sys.executable, str(WORKER), str(folder / "cases.json")],
                 cwd=ROOT,
                 env=env,
                 stdout=subprocess.PIPE,
@@ -285,39 +301,42 @@ def test_the_guard_ends_a_rank_that_nobody_else_would(given):
                 text=True,
             )
         )
-    try:
+
+    def wait():
         out, _ = processes[0].communicate(timeout=300)
-    finally:
-        processes[1].kill()
-    assert time.time() - (given.folder / "failed").stat().st_mtime < 60
-    assert processes[0].returncode != 0 and "rank 1 has not been heard of for 30 s" in out, out[
-        -3000:
-    ]
+        return processes[0].returncode, out, time.time() - (folder / "failed").stat().st_mtime
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(wait)
+        for p in processes:
+            p.kill()
+            p.wait()
+
+
+def test_the_guard_ends_a_rank_that_nobody_else_would(silent):
+    """Rank 0, in a collective that would wait for half an hour, ends because rank 1 has fallen
+    silent, and says so."""
+    code, out, seconds = silent.result()
+    assert seconds < 60
+    assert code != 0 and "rank 1 has not been heard of for 30 s" in out, out[-3000:]
 
 
 # ------------------------------------------------------------------------------------------ the command
 def minirl(processes, folder, *words):
-    "`minirl train` on some processes: exit status and what it printed."
-    command = [Path(sys.executable).with_name("minirl"), "train", "--output.folder", folder, *words]
-    p = (
-        start(processes, "--no-python", *command)
-        if processes > 1
-        else subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-    )
+    "`minirl train`, here or on two processes: exit status and what it printed."
+    words = ["train", "--output.folder", str(folder), *words]
+    if processes == 1:
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.chdir(ROOT):
+            return main(words), said.getvalue()
+    p = start(processes, "--no-python", Path(sys.executable).with_name("minirl"), *words)
     out, _ = p.communicate(timeout=600)
     return p.returncode, out
 
 
 def test_the_command_under_torchrun(tmp_path):
-    """`minirl train` whole, packed, with evaluations, probe, samples and checkpoints. A rollout step has one prompt, so rank 0 samples
-    nothing. The same metrics, one report; and its checkpoint exported is the model of one process."""
+    """`minirl train` whole, packed, with evaluations, probe, samples and checkpoints. A rollout
+    step has one prompt, so rank 0 samples nothing. The same metrics, one report; and its checkpoint
+    exported is the model of one process."""
     words = [
         "--model.path",
         "data/coldstart",
@@ -372,76 +391,57 @@ def test_the_command_under_torchrun(tmp_path):
         checkpoint.export(tmp_path / "nowhere", tmp_path / "new")
 
 
-@pytest.mark.parametrize(
-    "processes, changes, words",
-    [
-        (
-            6,
-            {"parallel.expert": 3, "batch.prompts": 6},
-            "parallel.expert is 3, which does not divide the 16 experts",
-        ),
-        (
-            4,
-            {"parallel.expert": 4, "parallel.shard": 2},
-            "parallel.expert is 4, which does not divide the 2 processes of parallel.shard",
-        ),
-        (4, {"parallel.shard": 3}, "parallel.shard is 3, which does not divide the 4 processes"),
-        (
-            3,
-            {"batch.prompts": 2, "rollout.responses": 4},
-            "3 processes do not divide the 8 responses of a mini-batch",
-        ),
-        (
-            4,
-            {"rollout.tensor_parallel": 3, "rollout.engine": "vllm"},
-            "rollout.tensor_parallel is 3, which does not divide the 4 processes",
-        ),
-        (4, {"rollout.tensor_parallel": 2}, "only the vLLM engine"),
-        (2, {"rollout.servers": ("http://a:1",)}, "rollout.servers are vLLM's"),
-    ],
-)
-def test_launches_that_do_not_come_out_even(processes, changes, words, tmp_path):
-    settings = {"model.path": str(ROOT / "data/coldstart"), "output.folder": str(tmp_path / "run")}
-    with pytest.raises(ValueError, match=re.escape(words)):
-        train.check(train.load_config(None, settings | changes), processes)
+BAD = {
+    "does not divide the 1 processes of parallel.shard": "--parallel.expert 2 --parallel.shard 1",
+    "torch finds no GPU": "--model.device cuda",
+    "parallel.offload keeps parameters in host memory": "--parallel.offload True",
+    "2 processes do not divide the 9 responses": "--batch.prompts 3 --rollout.responses 3",
+    "does not fit on 2 x cpu": "",  # the 30B model, on this machine
+}
 
 
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
-        (
-            ["--parallel.expert", "2", "--parallel.shard", "1"],
-            "does not divide the 1 processes of parallel.shard",
-        ),
-        (["--model.device", "cuda"], "torch finds no GPU"),
-        (["--parallel.offload", "True"], "parallel.offload keeps parameters in host memory"),
-        (
-            ["--batch.prompts", "3", "--rollout.responses", "3"],
-            "2 processes do not divide the 9 responses",
-        ),
-    ],
-)
-def test_a_bad_launch_ends_before_weights_in_one_sentence(words, sentence, tmp_path):
-    "Two processes find it out; one sentence is said, and no folder made. The model has a config and no weights: reading them would fail."
-    for name in ("config.json", "generation_config.json"):
-        (tmp_path / "model").mkdir(exist_ok=True)
-        (tmp_path / "model" / name).write_text((ROOT / "data/coldstart" / name).read_text())
-    code, out = minirl(2, tmp_path / "run", "--model.path", tmp_path / "model", *words)
-    said = [line for line in out.splitlines() if line.startswith("minirl:")]
-    assert code != 0 and len(said) == 1 and sentence in said[0], out[-3000:]
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_model_that_does_not_fit_is_refused_before_weights(tmp_path):
-    "The config of the 30B model and no weights, on two processes of this machine: the plan says so, once."
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """`minirl train` on two processes with each of BAD, in a folder of models that have a config
+    and no weights: reading them would fail. For each command: exit statuses, and the lines said."""
     from minirl_nb.plan import model_config
 
-    model_config("Qwen/Qwen3-30B-A3B").save_pretrained(tmp_path / "model")
-    code, out = minirl(2, tmp_path / "run", "--model.path", tmp_path / "model")
+    folder = tmp_path_factory.mktemp("refused")
+    (folder / "small").mkdir()
+    for name in ("config.json", "generation_config.json"):
+        (folder / "small" / name).write_text((ROOT / "data/coldstart" / name).read_text())
+    model_config("Qwen/Qwen3-30B-A3B").save_pretrained(folder / "large")
+    # each command has a store of its own, which outlives its processes, as a launcher's does
+    stores = [torch.distributed.TCPStore("localhost", 0, is_master=True) for _ in BAD]
+    commands = []
+    for i, (words, store) in enumerate(zip(BAD.values(), stores)):
+        model = folder / ("small" if words else "large")
+        where = f"train --output.folder {folder / str(i)} --model.path {model}"
+        commands.append({"words": [*where.split(), *words.split()], "port": store.port})
+    (folder / "commands.json").write_text(json.dumps(commands))
+    p = start(2, WORKER, "commands", folder / "commands.json")
+    out, _ = p.communicate(timeout=600)
+    assert p.returncode == 0, out[-3000:]
+    assert not any((folder / str(i)).exists() for i in range(len(BAD)))  # no run has begun
+    found = []
+    for i in range(len(BAD)):
+        ranks = [json.loads((folder / f"said-{i}-{rank}.json").read_text()) for rank in (0, 1)]
+        text = "".join(said for _, said in ranks)
+        found.append(([status for status, _ in ranks], text))
+    return dict(zip(BAD, found))
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_a_bad_launch_ends_before_weights_in_one_sentence(sentence, refused):
+    "Two processes find it out; one sentence is said."
+    statuses, out = refused[sentence]
     said = [line for line in out.splitlines() if line.startswith("minirl:")]
-    assert code != 0 and len(said) == 1 and "does not fit on 2 x cpu" in said[0], out[-3000:]
-    assert "set model.gradient_checkpointing" in said[0]
-    assert not (tmp_path / "run").exists()
+    assert all(statuses) and len(said) == 1 and sentence in said[0], out[-3000:]
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_helps(refused):
+    _, out = refused["does not fit on 2 x cpu"]
+    assert "set model.gradient_checkpointing" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -7,12 +7,12 @@ import sys
 from dataclasses import replace
 
 import pytest
-from plan_models import THIN, small
+from plan_models import small
 
 from minirl_nb import plan
 from minirl_nb.cli import main
 from minirl_nb.config import load_config
-from minirl_nb.plan import Assumptions, Cluster, GiB, Plan, refuse, shape
+from minirl_nb.plan import Assumptions, Cluster, GiB, refuse
 from minirl_nb.plan.step import fake_processes
 
 BIG = {
@@ -30,87 +30,6 @@ BIG = {
     "evaluation.numerics": "rollout",
     "steps": 1200,
 }
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixture")
-    THIN.save_pretrained(folder)
-    return str(folder)
-
-
-def test_all_phases_add_up_and_say_so(mixture):
-    found = plan.plan(small(mixture), Cluster.of("h100", 8))
-    assert (
-        isinstance(found, Plan)
-        and found.fits
-        and [p.name for p in found.phases] == ["rollout", "recompute", "update", "transfer"]
-    )
-    numbers = json.loads(json.dumps(found.as_dict(), allow_nan=False))
-    assert numbers["seconds"] == pytest.approx(sum(p["time"] for p in numbers["phases"]))
-    assert numbers["gpu hours a gradient step"] == pytest.approx(numbers["seconds"] * 8 / 3600)
-    assert numbers["route bytes a token"] == 3 * 2
-    text = found.report()
-    for word in (
-        "weights",
-        "activations",
-        "KV cache",
-        "optimiser",
-        "GPU hours",
-        "largest micro-batch",
-        "8 x h100",
-    ):
-        assert word in text, word
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("offload", [False, True])
-def test_the_largest_micro_batch_is_the_largest(mixture, offload):
-    cluster = replace(Cluster.of("h100", 8), memory=6 * GiB)
-    found = plan.plan(small(mixture, **{"parallel.offload": offload}), cluster)
-    most = int(found.numbers["largest micro-batch"])
-
-    def needed(width):
-        row = {"batch.tokens": width, "rollout.max_new_tokens": width - 200}
-        config = small(mixture, **row, **{"parallel.offload": offload})
-        return plan.plan(config, cluster, search=False).phase("update").total
-
-    assert most > 4096 and needed(most) <= cluster.memory < needed(int(1.05 * most))
-
-
-def test_what_does_not_fit_is_said_with_the_knob_that_helps(mixture):
-    tight = replace(Cluster.of("h100", 8), memory=6 * GiB)
-    found = plan.plan(small(mixture, **{"batch.tokens": 10**6}), tight, search=False)
-    assert not found.fits and any(
-        "activations" in w and "lower batch.tokens" in w for w in found.warnings
-    )
-    found = plan.plan(
-        small(mixture, **{"batch.tokens": 2**18, "model.gradient_checkpointing": False}),
-        tight,
-        search=False,
-    )
-    assert any("gradient_checkpointing to True" in w for w in found.warnings)
-    reserved = Assumptions().context + Assumptions().workspace
-    config = small(mixture, **{"rollout.max_new_tokens": 4000})
-    cache = plan.plan(config, replace(Cluster.of("h100", 8), memory=reserved + 2**21), search=False)
-    assert not cache.fits and any(
-        "room for" in w and "rollout.tensor_parallel" in w for w in cache.warnings
-    )
-
-
-def test_offload_moves_states_to_the_host(mixture):
-    a, b = (
-        plan.plan(small(mixture, **{"parallel.offload": o}), Cluster.of("h100", 8), search=False)
-        for o in (False, True)
-    )
-    least = 8 * 16 * shape(THIN).parameters / 8
-    assert (
-        a.host["states"] == 0 and least <= b.host["states"] < 1.5 * least
-    )  # with one temporary of AdamW for all parameters
-    assert (
-        b.phase("update").total < a.phase("update").total
-        and "weights" not in b.phase("update").memory
-    )
 
 
 def test_larger_global_batches_and_shorter_responses_are_cheaper(mixture):
@@ -220,6 +139,8 @@ def within_limits(*words):
 def test_the_papers_run_on_64_gpus_is_planned_in_time_and_fits():
     found = within_limits("plan", "qwen3_30b_a3b", "--gpus", "64", "--gpu", "h100", "--json")
     assert found["fits"] and found["route bytes a token"] == 384 and found["responses"] == 1024
+    # 64 divides every first dimension of this model, so shards are even; 1e-3 is room for what is
+    # counted beside the parameters: rotary tables, and a counter of 4 bytes for each of AdamW's tensors
     assert found["phases"][2]["memory"]["weights"] == pytest.approx(
         4 * 30_532_122_624 / 64, rel=1e-3
     )
@@ -229,48 +150,6 @@ def test_the_papers_run_on_64_gpus_is_planned_in_time_and_fits():
     assert found["phases"][3]["moved"]["weight sync"] == pytest.approx(
         2 * 30_532_122_624 * 63 / 64, rel=1e-3
     )
-
-
-# ------------------------------------------------------------------------------------- the command
-def test_the_command_prints_a_table_or_numbers(mixture, capsys):
-    words = [
-        "plan",
-        "--model.path",
-        mixture,
-        "--rollout.engine",
-        "vllm",
-        "--gpus",
-        "8",
-        "--gpu",
-        "h200",
-        "--gpus_per_node=4",
-        "--assume.mean_length",
-        "0.3",
-    ]
-    assert main(words) == 0
-    assert "8 x h200 (2 nodes)" in capsys.readouterr().out
-    assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["cluster"]["gpus_per_node"] == 4 and found["assumptions"]["mean_length"] == 0.3
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["--gpu", "h1000"], "known are"),
-        (["--gpus", "many"], "gpus cannot be 'many'"),
-        (["--gpus", "0"], "--gpus is 0"),
-        (["--gpus"], "--gpus needs a value"),
-        (["--gpus", "8", "--assume.mean_lenght", "0.3"], "did you mean 'assume.mean_length'"),
-        (["nothing"], "there is no recipe nothing"),
-        (["demo", "--gpus", "6", "--parallel.shard", "4"], "does not divide the 6"),
-        (["demo", "--model.path", "data/nothing"], "there is no folder"),
-    ],
-)
-def test_mistakes_are_one_sentence_and_status_two(words, said, capsys):
-    assert main(["plan", *words]) == 2
-    err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1 and err.startswith("minirl: ")
 
 
 def test_a_run_that_cannot_fit_ends_before_weights_are_loaded(
@@ -300,9 +179,3 @@ def test_a_run_that_cannot_fit_ends_before_weights_are_loaded(
     err = capsys.readouterr().err
     assert "does not fit on 1 x h100" in err and "optimiser states" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_help_names_gpus_and_assumptions(capsys):
-    assert main(["plan", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "--gpu" in text and "--assume.mean-length" in text

@@ -44,8 +44,8 @@ def test_rehearsal_of_a_hundred_million_parameters(tmp_path):
     }
     config, assume = load_config("demo", settings), Assumptions(prompt_tokens=12)
     planned = plan(config, CPU, assume, search=False).phase("update").total
-    for witness, size in rehearse(config, assume).items():
-        assert planned == pytest.approx(size, rel=BOUND[witness]), witness
+    for measure, size in rehearse(config, assume).items():
+        assert planned == pytest.approx(size, rel=BOUND[measure]), measure
 
 
 def test_a_rehearsal_that_fails_says_why(tmp_path):

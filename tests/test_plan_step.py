@@ -1,50 +1,15 @@
 """A step on fake tensors takes what the same step on real ones takes; layers repeat."""
 
 import pytest
-import torch
-from plan_models import CPU, DENSE, MIXTURE, THIN, TIED, case_of
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from plan_models import DENSE, MIXTURE, THIN, case_of
+from transformers import Qwen3MoeConfig
 
 from minirl_nb import policy
-from minirl_nb.plan.cluster import Assumptions, Cluster
-from minirl_nb.plan.ledger import Ledger
-from minirl_nb.plan.step import MicroBatch, fake_processes, measure, run_pass, watch_step
+from minirl_nb.plan.cluster import Cluster
+from minirl_nb.plan.step import MicroBatch, fake_processes, measure, run_pass
 
 # Positions and tokens are made outside of the watched step on one side: a few kilobytes of 1 MB
-SMALL_TENSORS = 0.01
-PARTS = ("forward", "head", "backward", "step")
 SPREAD = {"model.compute": "bfloat16", "model.gradient_checkpointing": True}
-
-
-def real_peaks(hf_config, checkpointing, micro):
-    "The same step on real numbers."
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(hf_config).eval()
-    model.set_attn_implementation("sdpa")
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    optimizer.zero_grad()
-    policy._checked.add(model)
-    ledger = Ledger(CPU, Assumptions())
-    watch_step(model, optimizer, ledger, micro)
-    return ledger.peak
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("hf_config", [MIXTURE, DENSE, TIED], ids=["mixture", "dense", "tied"])
-def test_fake_tensors_take_what_real_ones_take(hf_config, checkpointing):
-    case = case_of(hf_config, {"model.gradient_checkpointing": checkpointing})
-    micro = MicroBatch(8, 96, 8 * 95)
-    fake = run_pass(case, hf_config.num_hidden_layers, micro, accumulate=False)
-    real = real_peaks(hf_config, checkpointing, micro)
-    for part in PARTS:
-        assert fake.peak[part] == pytest.approx(real[part], rel=SMALL_TENSORS), part
 
 
 def test_shapes_that_dtensor_works_out_are_not_counted():
@@ -70,8 +35,11 @@ def test_a_line_through_two_depths_gives_a_third(expert):
     for name in ("peak", "flops", "moved"):
         for key, size in getattr(c, name).items():
             assert getattr(line, name)[key] == pytest.approx(size, rel=2e-3), (name, key)
-    for key, seconds in c.seconds.items():  # short kernels are bound by their launch
+    # a kernel takes the largest of three times (operations, bytes, launch), and a sum of maxima is no
+    # line where a kernel passes from one to another: with 3, 5 and 9 layers few of hundreds do
+    for key, seconds in c.seconds.items():
         assert line.seconds[key] == pytest.approx(seconds, rel=0.02), key
+    # two moments a weight, and a counter of 4 bytes for each tensor of thousands of weights
     assert c.optimizer == pytest.approx(2 * c.weights, rel=1e-3)
     # sharded: only the padding of uneven shards is more
     assert 1 <= c.weights / (case.model.parameters * 4 / 8) < 1.1

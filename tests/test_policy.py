@@ -4,6 +4,7 @@ import copy
 
 import moe_families
 import pytest
+import small_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,24 +190,7 @@ def test_gradients_at_a_real_vocabulary():
 
 
 # ------------------------------------------------------------------------------------------- models
-MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-SMALL = dict(
-    vocab_size=48,
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    pad_token_id=0,
-    max_position_embeddings=64,
-)
-FAMILIES = {
-    "qwen3_moe": MOE,
-    "qwen2_moe": MOE | dict(shared_expert_intermediate_size=32),
-    "mixtral": dict(num_local_experts=4),
-    "olmoe": dict(num_experts=4, num_experts_per_tok=2),
-    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2),
+FAMILIES = small_models.FAMILIES | {
     "llama": {},
     "gemma2": dict(final_logit_softcapping=0.5),
     "granite": dict(logits_scaling=3.0),
@@ -227,7 +211,7 @@ FAMILIES = {
 def build(family="qwen3_moe", **overrides):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **SMALL | FAMILIES.get(family, {}) | overrides)
+        AutoConfig.for_model(family, **small_models.SMALL | FAMILIES.get(family, {}) | overrides)
     ).eval()
     if "moe" in family:
         model.set_experts_implementation("eager")  # the grouped product knows no float64

@@ -1,5 +1,5 @@
-"""Recipes and launch files: every recipe is a run that could start, the overrides that a recipe lists do what it says, and the launch
-files start what they say."""
+"""Recipes and launch files: every recipe is a run that could start, the overrides that a recipe
+lists do what it says, and the launch files start what they say."""
 
 import json
 import os
@@ -16,39 +16,15 @@ import yaml
 
 from minirl_nb import benchmarks, parsing, selection, tasks, train
 from minirl_nb.objective import PRESETS
+from minirl_nb.plan.case import PUBLISHED
 from minirl_nb.weights import TIS
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 RECIPES = sorted(train.recipes())
 BIG = [n for n in RECIPES if not n.startswith(("demo", "cpu", "smollm2"))]
-# sizes of the published models, as their configs on the hub have them
-MODELS = {
-    "Qwen/Qwen3-30B-A3B": dict(
-        model_type="qwen3_moe",
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-    ),
-    "allenai/OLMoE-1B-7B-0125-Instruct": dict(
-        model_type="olmoe",
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_experts=64,
-        num_experts_per_tok=8,
-        intermediate_size=1024,
-        vocab_size=50304,
-        max_position_embeddings=4096,
-    ),
+# a model that is made here, not published
+MADE = {
     "models/smollm2_sums": dict(
         model_type="mixtral",
         hidden_size=576,
@@ -69,15 +45,17 @@ PROCESSES = {"qwen3_30b_a3b": 64, "qwen3_30b_a3b_node": 8, "olmoe_1b_7b": 8, "de
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
-    """The config of a recipe with its model's config.json in a local folder (no weights) and an empty run folder."""
+    """The config of a recipe with its model's config.json in a local folder (no weights) and an
+    empty run folder."""
     monkeypatch.chdir(ROOT)
 
     def make(name, overrides=()):
         config = train.load_config(name, overrides)
-        if config.model.path in MODELS:
+        known = PUBLISHED | MADE
+        if config.model.path in known:
             folder = tmp_path / config.model.path.split("/")[1]
             folder.mkdir(exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(MODELS[config.model.path]))
+            (folder / "config.json").write_text(json.dumps(known[config.model.path]))
             config = replace(config, model=replace(config.model, path=str(folder)))
         return replace(config, output=replace(config.output, folder=str(tmp_path / "run")))
 
@@ -124,8 +102,8 @@ def test_what_a_recipe_trains_and_measures_on_is_known(name):
 def test_a_longest_response_fits(name):
     config = train.load_config(name)
     length = config.rollout.options.get("max_model_len")
-    positions = int(length) if length else MODELS[config.model.path]["max_position_embeddings"]
-    assert positions <= MODELS[config.model.path]["max_position_embeddings"]
+    positions = int(length) if length else PUBLISHED[config.model.path]["max_position_embeddings"]
+    assert positions <= PUBLISHED[config.model.path]["max_position_embeddings"]
     assert config.rollout.max_new_tokens + 1024 <= positions <= config.batch.tokens
     assert (
         config.model.compute == "bfloat16"
@@ -427,7 +405,8 @@ def test_slurm_asks_for_a_stop_before_its_time_is_up_and_queues_again(stubs, tmp
     add(
         "srun",
         "import pathlib, signal, time\nos.kill(os.getppid(), signal.SIGUSR1)\n"
-        "for _ in range(200):\n    if pathlib.Path('runs/first/stop').exists(): sys.exit(0)\n    time.sleep(0.05)\nsys.exit(3)",
+        "for _ in range(200):\n    if pathlib.Path('runs/first/stop').exists(): sys.exit(0)\n"
+        "    time.sleep(0.05)\nsys.exit(3)",
     )
     (tmp_path / "runs" / "first").mkdir(parents=True)
     launch(

@@ -1,12 +1,16 @@
 import copy
+from types import SimpleNamespace
 
+import moe_families
 import pytest
 import torch
 from conftest import tiny_qwen3_moe
+from end_tokens import ends_rightly
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from minirl_nb import fp8
+from minirl_nb import fp8, policy
 from minirl_nb.batch import validate
 from minirl_nb.policy import token_logprobs
 from minirl_nb.rollout import ParityError, Sampling, TorchEngine, choose, compare_weights, parity
@@ -15,14 +19,43 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4], [2]]
 # float32 log-probabilities up to 20: an ulp is 2e-6, and a forward of two layers adds some tens of
 # roundings
 ROUNDING = 2e-5
+SHORT = Sampling(n=4, max_new_tokens=16)
 
 
-def check_teacher_forced(model, r, temperature=1.0):
+def teacher_forced_gap(model, r, temperature=1.0):
     with torch.no_grad():
         logp, _ = token_logprobs(
             model, r.tokens, r.response_mask, temperature=temperature, entropy=False
         )
-    assert (logp - r.logp_mu).abs().max() < ROUNDING
+    return (logp - r.logp_mu).abs()
+
+
+def check_teacher_forced(model, r, temperature=1.0):
+    assert teacher_forced_gap(model, r, temperature).max() < ROUNDING
+
+
+def tiny_dense(family, **changes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(
+        vocab_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=15,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | changes)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    return model.eval()
 
 
 @given(st.integers(1, 9), st.sampled_from([3, 16, 100]), st.integers(0, 3))
@@ -277,3 +310,96 @@ def test_bfloat16_engine(moe):
     e = TorchEngine(moe, dtype=torch.bfloat16)
     p = parity(e, moe, PROMPTS)
     assert 0.002 < p.median < 0.03  # ten seeds: 0.006 to 0.010
+
+
+# ---------------------------------------------------------------- one head, in every family
+# What a family may do between the output matrix and its logits; far from the neutral values, so
+# that an engine which forgets one is off by more than a nat
+HEAD = dict(
+    logits_scaling=8.0, logit_scale=1 / 16, final_logit_softcapping=0.5, lm_head_multiplier=0.1
+)
+# 57 families of tiny models; these keep another state than keys and values
+OTHER_STATE = "keeps keys and values only: use the vLLM engine"
+
+
+def family(name):
+    "A tiny model of a MoE family whose head scales and caps, where the family knows how."
+    cls = moe_families.discover()[name]
+    known = moe_families.config(cls)
+    wide = {k: 64 for k in ("sliding_window", "sliding_window_size") if getattr(known, k, None)}
+    changes = {k: v for k, v in HEAD.items() if hasattr(known, k)}
+    return moe_families.build(cls, **wide, **changes)
+
+
+@pytest.mark.parametrize("name", moe_families.discover())
+def test_engine_trainer_and_probe_agree_in_every_moe_family(name):
+    model = family(name)
+    try:
+        engine = TorchEngine(model)
+    except ValueError as refused:
+        assert OTHER_STATE in str(refused)
+        return
+    if name == "doge":  # no function of a prefix (data/routing_conformance.md): the probe finds out
+        with pytest.raises(ParityError, match="while sampling differ from its teacher-forced ones"):
+            parity(engine, model, PROMPTS, SHORT)
+        return
+    check_teacher_forced(model, engine.generate(PROMPTS, SHORT))
+    assert parity(engine, model, PROMPTS, SHORT).max < ROUNDING
+
+
+SCALED = ["beam", "cohere2_moe", "gemma4", "granitemoe", "granitemoeshared"]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_probe_finds_an_engine_that_takes_the_bare_output_matrix(name, monkeypatch):
+    model = family(name)
+    engine = TorchEngine(model)
+    monkeypatch.setattr(
+        policy.Head, "logits", lambda self, states: nn.functional.linear(states, self.weight)
+    )
+    gap = teacher_forced_gap(model, engine.generate(PROMPTS, SHORT))
+    assert gap.max() > 1  # in nats
+    with pytest.raises(ParityError, match="while sampling differ from its teacher-forced ones"):
+        parity(engine, model, PROMPTS, SHORT)
+
+
+def test_a_dense_family_with_a_cap_agrees():
+    model = tiny_dense("gemma2", final_logit_softcapping=5.0, sliding_window=64)
+    assert model.config.final_logit_softcapping == 5.0
+    check_teacher_forced(model, TorchEngine(model).generate(PROMPTS, SHORT))
+
+
+def test_a_head_that_reads_something_else_than_the_base_models_states_is_refused(moe):
+    class Between(type(moe)):
+        def forward(self, input_ids, **kwargs):
+            states = self.model(input_ids)[0]
+            return type("Output", (), {"logits": self.lm_head(2 * states)})()
+
+    moe.__class__ = Between
+    with pytest.raises(NotImplementedError, match="does not read its base model's last hidden"):
+        TorchEngine(moe)
+
+
+# ---------------------------------------------------------------- end tokens
+def test_a_response_ends_at_any_end_token_of_model_or_tokenizer(moe):
+    moe.generation_config.eos_token_id = [15, 14]
+    tokenizer = SimpleNamespace(eos_token_id=13, pad_token_id=0)
+    s = Sampling(n=32, max_new_tokens=24)
+    for options, end in (
+        (dict(tokenizer=tokenizer), [15, 14, 13]),
+        (dict(), [15, 14]),
+        (dict(tokenizer=tokenizer, eos_token_id=[14]), [14]),  # fewer, by name
+        (dict(tokenizer=tokenizer, eos_token_id=[15, 14, 13, 12]), [15, 14, 13, 12]),  # more
+    ):
+        seen = ends_rightly(TorchEngine(moe, **options).generate(PROMPTS, s), end)
+        assert all(seen.values()), seen  # each of them ended some
+    assert TorchEngine(moe, eos_token_id=7).eos.tolist() == [7]
+
+
+def test_padding_is_the_named_token_the_tokenizers_the_models_or_an_end_token(moe):
+    tokenizer = SimpleNamespace(eos_token_id=13, pad_token_id=3)
+    assert TorchEngine(moe, tokenizer=tokenizer, pad_token_id=5).pad == 5
+    assert TorchEngine(moe, tokenizer=tokenizer).pad == 3
+    assert TorchEngine(moe).pad == 0
+    moe.generation_config.pad_token_id = moe.generation_config.eos_token_id = None
+    assert TorchEngine(moe, eos_token_id=[9, 8]).pad == 9

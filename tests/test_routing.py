@@ -682,7 +682,8 @@ def test_compare_against_python_sets(seed, dtype):
 
 
 def test_auto_follows_the_paper():
-    assert [routing.resolve("auto", n) for n in (1, 2, 4, 8)] == ["R2", "R2", "R3", "R3"]
+    "Fig. 1 (N = 1): replay brings nothing. Figs. 2 to 4 (N = 2, 4, 8): R2, then R3."
+    assert [routing.resolve("auto", n) for n in (1, 2, 4, 8)] == ["none", "R2", "R3", "R3"]
     assert routing.resolve("R3", 1) == "R3" and routing.resolve("none", 8) == "none"
     with pytest.raises(ValueError, match="'r2' must be one of none, R2, R3, auto"):
         routing.resolve("r2", 2)

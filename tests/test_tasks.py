@@ -57,7 +57,10 @@ def test_jsonl_of_ones_own(tmp_path):
     assert task.prompt(task.problems[0]).startswith("1+1?\n") and r"\boxed{}" in task.prompt(
         task.problems[0]
     )
-    assert task.verify_many(task.problems, [r"\boxed{2.0}", "It is $0.5$."]).tolist() == [1.0, 1.0]
+    texts = [r"\boxed{2.0}", "It is $0.5$."]
+    assert task.verify_many(task.problems, texts).tolist() == [1.0, 0.0]
+    unboxed = load(f"{f}?unboxed=accept")
+    assert unboxed.verify_many(task.problems, texts).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="no tokenizer of its own"):
         task.encode(task.problems[0])
     numbers = tmp_path / "numbers.jsonl"
@@ -90,6 +93,38 @@ def test_wrong_names(tmp_path):
         load(f"{tmp_path}/p.jsonl?verifier=maths")
     with pytest.raises(ValueError, match="no {problem}"):
         load(f"{tmp_path}/p.jsonl?template=hello")
+
+
+def test_rules_of_judging(tmp_path):
+    write = (tmp_path / "p.jsonl").write_text
+    write('{"problem": "20+7?", "answer": "27"}\n{"problem": "half of 100?", "answer": 50}\n')
+    texts = [r"\boxed{20+7}", r"\boxed{50\%}"]
+
+    def rewards(query=""):
+        task = load(f"{tmp_path}/p.jsonl{query}")
+        return task.verify_many(task.problems, texts).tolist()
+
+    assert rewards() == [0, 0]
+    assert rewards("?unevaluated=accept") == [1, 0]
+    assert rewards("?percent=either") == [0, 1]
+    assert rewards("?percent=either&unevaluated=accept") == [1, 1]
+    assert rewards("?after=</think>&unevaluated=accept") == [0, 0]
+    with pytest.raises(ValueError, match="percent is 'yes'; it must be number or either"):
+        rewards("?percent=yes")
+    with pytest.raises(ValueError, match="unboxed is a rule of the verifier math alone"):
+        rewards("?verifier=exact&unboxed=accept")
+
+
+def test_a_benchmark_is_judged_by_the_rules_of_its_task(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"problem": "a", "answer": "27"}\n')
+    (tmp_path / "q.jsonl").write_text('{"problem": "c", "answer": "27"}\n')
+    name = f"{tmp_path}/p.jsonl?unevaluated=accept"
+    task = load(name, benchmarks={"q": f"{tmp_path}/q.jsonl"})
+    assert task.verify(task.benchmarks["q"][0], r"\boxed{20+7}") == 1.0
+    with pytest.raises(ValueError, match="names 'unboxed', but it is put to the model and judged"):
+        load(name, benchmarks={"q": f"{tmp_path}/q.jsonl?unboxed=accept"})
+    with pytest.raises(ValueError, match="need one verifier"):
+        load(name, benchmarks={"q": f"{tmp_path}/q.jsonl?verifier=exact"})
 
 
 def test_contamination_is_refused(tmp_path):

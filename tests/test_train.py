@@ -1,180 +1,28 @@
-"""The loop's engineering: configuration, wrong input, kill and resume, non-finite numbers, degenerate rewards."""
+"""The loop's engineering: configuration, wrong input, kill and resume, non-finite numbers,
+degenerate rewards."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from small_runs import metrics, small
 
-from minirl_nb import objective
 from minirl_nb.cli import main
-from minirl_nb.clipping import Clip
 from minirl_nb.train import (
     OptimizerConfig,
-    RunConfig,
     TrainingError,
-    check,
     checkpoints,
     config_yaml,
     learning_rate,
     load_config,
-    newest_checkpoint,
-    objective_of,
     prompts_of,
-    recipes,
     replay_of,
     seed_of,
     train,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("seconds/", "tokens_per_second/", "peak_memory")
-
-
-def small(folder, model, **changes):
-    "Eight gradient steps in two seconds: 4 rollout steps of 2 mini-batches."
-    base = {
-        "model.path": str(model),
-        "output.folder": str(folder),
-        "steps": 8,
-        "batch.prompts": 4,
-        "batch.updates": 2,
-        "rollout.responses": 4,
-        "rollout.max_new_tokens": 24,
-        "rollout.fp8": "fp8_per_channel",
-        "objective.replay": "R3",
-        "optimizer.warmup": 0,
-        "evaluation.samples": 1,
-        "evaluation.every": 4,
-        "output.checkpoint_every": 2,
-        "output.progress": False,
-        "output.keep": 9,
-        "output.samples_every": 4,
-        "rollout.probe": 2,
-        "threads": 1,
-    }
-    return load_config(None, base | changes)
-
-
-def metrics(folder):
-    "Rows of a run without what the clock decides."
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in rows]
-
-
-@pytest.fixture(scope="module")
-def coldstart():
-    return ROOT / "data" / "coldstart"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, coldstart):
-    "A run from the shipped cold start, for the tests that only look."
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return train(small(folder, coldstart))
-
-
-# ------------------------------------------------------------------------------------------ configuration
-def test_config_survives_yaml():
-    c = load_config(
-        None,
-        {
-            "optimizer.betas": [0.8, 0.9],
-            "task.benchmarks": {"mine": "a.jsonl"},
-            "objective.clip_low": 0.1,
-            "threads": 2,
-        },
-    )
-    path = "config.yaml"
-    tree = yaml.safe_load(config_yaml(c))
-    assert tree["optimizer"]["betas"] == [0.8, 0.9] and tree["task"]["benchmarks"] == {
-        "mine": "a.jsonl"
-    }, path
-    assert load_config(None, tree) == c
-
-
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
-        (["--optimiser.lr", "1"], "unknown key 'optimiser.lr'; did you mean 'optimizer.lr'?"),
-        (["--lr", "1"], "unknown key 'lr'; did you mean 'optimizer.lr'?"),
-        (["--optimizer.lr", "fast"], "optimizer.lr cannot be 'fast'; it must be a number"),
-        (["--objective.preset", "ppo"], "must be one of minirl, "),
-        (["--steps"], "--steps needs a value"),
-        (["--steps", "1.5"], "steps cannot be '1.5'; it must be a whole number"),
-        (["steps", "3"], "'steps' does not belong to an option"),
-    ],
-)
-def test_command_line_errors_are_one_sentence(words, sentence):
-    with pytest.raises(ValueError) as e:
-        load_config(None, words)
-    assert sentence in str(e.value) and "\n" not in str(e.value)
-
-
-def test_recipe_errors(tmp_path):
-    path = tmp_path / "r.yaml"
-    for text, sentence in (
-        ("a: [", "not YAML"),
-        ("- 1", "a mapping"),
-        ("optimizer: {rate: 1}", "unknown key 'optimizer.rate'"),
-        ("steps: many", "steps cannot be 'many'"),
-        ("step: 3", "did you mean 'steps'?"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="r.yaml") as e:
-            load_config(path)
-        assert sentence in str(e.value)
-    with pytest.raises(FileNotFoundError, match="there is no recipe nope"):
-        load_config("nope")
-    path.write_text("!!python/object/apply:os.system ['true']")
-    with pytest.raises(ValueError, match="not YAML"):
-        load_config(path)
-
-
-def test_every_recipe_is_a_config():
-    assert recipes()
-    for path in recipes().values():
-        config = load_config(path)
-        objective_of(config)
-        assert config.steps % config.batch.updates == 0
-
-
-def test_every_field_has_a_docstring():
-    from dataclasses import fields, is_dataclass
-
-    import tyro
-    from tyro._docstrings import get_field_docstring
-
-    def walk(cls):
-        import typing
-
-        for f in fields(cls):
-            kind = typing.get_type_hints(cls)[f.name]
-            if is_dataclass(kind):
-                walk(kind)
-            else:
-                assert get_field_docstring(cls, f.name, ()), f"{cls.__name__}.{f.name}"
-
-    assert tyro
-    walk(RunConfig)
-
-
-def test_objective_of_a_config():
-    assert objective_of(load_config()) == objective.MINIRL
-    for preset, o in objective.PRESETS.items():
-        assert objective_of(load_config(None, {"objective.preset": preset})) == o
-    c = {"objective.clip": False, "objective.truncation": "none", "objective.normalizer": "tokens"}
-    o = objective_of(load_config(None, c))
-    assert o.clip is None and o.truncation is None and o.normalizer == "tokens"
-    assert objective_of(load_config(None, {"objective.clip_low": 0.1})).clip == Clip(0.1, 0.27)
-    with pytest.raises(ValueError, match="clip_low"):
-        objective_of(load_config(None, {"objective.clip_low": 0.1, "objective.preset": "cispo"}))
 
 
 def test_auto_replay_follows_the_paper():
@@ -183,9 +31,8 @@ def test_auto_replay_follows_the_paper():
             load_config(None, {"objective.replay": "auto", "batch.updates": n}), mixture
         )
 
-    assert [at(1), at(2), at(4), at(8)] == ["R2", "R2", "R3", "R3"] and at(
-        8, mixture=False
-    ) == "none"
+    assert [at(1), at(2), at(4), at(8)] == ["none", "R2", "R3", "R3"]
+    assert at(8, mixture=False) == "none"
 
 
 def test_batch_sizes_and_schedules():
@@ -207,129 +54,6 @@ def test_batch_sizes_and_schedules():
     )
 
 
-# ------------------------------------------------------------------------------------------ wrong input, before any work
-@pytest.mark.parametrize(
-    "changes, sentence",
-    [
-        ({"rollout.responses": 1}, "a group of one response has no baseline"),
-        ({"batch.rollout_prompts": 6, "batch.updates": 4}, "does not divide the 6 prompts"),
-        ({"steps": 0}, "steps is 0; it must be positive"),
-        ({"optimizer.lr": 0}, "optimizer.lr is 0.0"),
-        ({"rollout.temperature": 0}, "rollout.temperature is 0.0"),
-        ({"output.keep": 0}, "output.keep is 0"),
-    ],
-)
-def test_a_section_refuses_its_own_nonsense(changes, sentence, tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(changes))
-    assert main(["train", str(tmp_path / "r.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.startswith("minirl: ") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "changes, sentence",
-    [
-        ({"steps": 7}, "not a multiple of batch.updates = 2"),
-        ({"model.path": "no/such/model"}, "there is no folder no/such/model"),
-        ({"rollout.max_new_tokens": 5000}, "positions"),
-        ({"objective.truncation": "tsi:5"}, "unknown truncation 'tsi:5'"),
-        ({"task.name": "missing.jsonl"}, "missing.jsonl"),
-        ({"task.name": "EMPTY"}, "empty.jsonl"),
-        ({"task.name": "BROKEN"}, "broken.jsonl"),
-        ({"output.track": "wandb"}, "not installed"),
-    ],
-)
-def test_wrong_input_is_said_before_any_work(
-    changes, sentence, tmp_path, moe_folder, capsys, monkeypatch
-):
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "broken.jsonl").write_text('{"problem": "1*1", "answer": "1"}\n{"problem": 3\n')
-    changes = {
-        k: str(tmp_path / f"{v.lower()}.jsonl") if v in ("EMPTY", "BROKEN") else v
-        for k, v in changes.items()
-    }
-    if "output.track" in changes:
-        import importlib.util
-
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    c = small(tmp_path / "run", moe_folder, **changes)
-    (tmp_path / "r.yaml").write_text(config_yaml(c))
-    started = time.time()
-    assert main(["train", str(tmp_path / "r.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.startswith("minirl: ") and error.count("\n") == 1
-    assert not (tmp_path / "run").exists() and time.time() - started < 20
-    if "BROKEN" in str(changes) or "broken" in error:
-        assert "2" in error  # the line
-
-
-def test_a_file_that_is_no_model(tmp_path, capsys):
-    assert main(["train", "--model.path", str(tmp_path)]) == 2
-    assert "no Hugging Face model" in capsys.readouterr().err
-
-
-def test_replay_on_a_dense_model_is_refused(tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from minirl_nb import tasks
-
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=64,
-        )
-    ).save_pretrained(tmp_path / "dense")
-    tasks.arithmetic_tokenizer().save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="R3, but .* is a dense model"):
-        check(small(tmp_path / "run", tmp_path / "dense"))
-    result = train(
-        small(tmp_path / "run", tmp_path / "dense", **{"objective.replay": "auto", "steps": 2})
-    )
-    assert result.replay == "none" and "discrepancy/flip" not in result.steps()[0]
-
-
-def test_run_folders_are_not_mixed_up(finished, coldstart):
-    folder = finished.folder
-    with pytest.raises(ValueError, match="add --resume"):
-        check(small(folder, coldstart))
-    hotter = {"optimizer.lr": 0.1, "resume": True}
-    with pytest.raises(ValueError, match=r"another config \(optimizer.lr was 0.0003, is 0.1\)"):
-        check(small(folder, coldstart, **hotter))
-    check(small(folder, coldstart, **hotter, allow_change=True))
-    with pytest.raises(ValueError, match="model.path was"):
-        check(small(folder, folder / "checkpoints/step_000008", resume=True, allow_change=True))
-    # what changes no result, and more steps at a constant learning rate, need nothing but --resume
-    check(
-        small(folder, coldstart, resume=True, steps=16, **{"output.keep": 3, "evaluation.every": 8})
-    )
-    with pytest.raises(ValueError, match="optimizer.schedule was 'constant', is 'linear'"):
-        linear = {"optimizer.schedule": "linear"}
-        check(small(folder, coldstart, resume=True, steps=16, **linear))
-    with pytest.raises(ValueError, match="no run of ours"):
-        check(small(folder / "checkpoints", coldstart))
-
-
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
-        (["trian"], "did you mean 'train'?"),
-        (["train", "nope"], "there is no recipe nope"),
-        (["evaluate", "nowhere"], "no folder nowhere"),
-        (["train", "--optimizer.lrate", "1"], "did you mean 'optimizer.lr'?"),
-        (["evaluate", "--sample", "3"], "did you mean 'samples'?"),
-    ],
-)
-def test_cli_errors(words, sentence, capsys):
-    assert main(words) == 2
-    out = capsys.readouterr()
-    assert sentence in out.err and out.err.count("\n") == 1
-
-
-# ------------------------------------------------------------------------------------------ what a run leaves
 def test_run_folder(finished, coldstart):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -382,14 +106,16 @@ def test_metrics(finished):
             "staleness/flip",
             "weight/max",
             "weight/ess",
-            "validity/breakdown",
+            "validity/total_variation",
+            "validity/local_shift",
             "parity/k3",
             "seconds/generate",
             "tokens_per_second/update",
             "peak_memory",
         ):
             assert isinstance(r[key], int | float), key
-        # the same function before the updates and in the first mini-batch: only the shape of the micro-batches differs
+        # the same function before the updates and in the first mini-batch: only the shape of the
+        # micro-batches differs, and k3 is half the square of a rounding: at most 1e-14 on five seeds
         if r["mini_batch"] == 0:
             assert r["staleness/k3"] < 1e-9 and r["staleness/flip"] == 0 and r["clip_high"] == 0
     assert any(r["staleness/k3"] > 1e-9 for r in steps if r["mini_batch"] == 1)
@@ -403,19 +129,17 @@ def test_metrics(finished):
 
 
 def test_on_policy_without_rounding_is_exact(tmp_path, coldstart):
-    "Zero severity: a float32 engine, no rounding, N = 1: KL is zero to rounding, and no route differs."
+    """Zero severity: a float32 engine, no rounding, N = 1: KL is zero to rounding, and no route
+    differs."""
     c = small(
         tmp_path / "run",
         coldstart,
         **{"rollout.fp8": "none", "objective.replay": "none", "batch.updates": 1, "steps": 2},
     )
+    # the largest of five seeds: 4e-8, 8e-14, 5e-7. Thirty times that is room for other kernels
     for r in train(c).steps():
-        assert (
-            abs(r["kl"]) < 1e-6
-            and r["k3"] < 1e-11
-            and r["discrepancy/flip"] == 0
-            and r["validity/breakdown"] < 1e-4
-        )
+        assert abs(r["kl"]) < 1e-6 and r["k3"] < 3e-12
+        assert r["discrepancy/flip"] == 0 and r["validity/total_variation"] < 2e-5
 
 
 @pytest.mark.parametrize("replay", ["none", "R2", "R3"])
@@ -455,97 +179,22 @@ def test_replay_modes_replay_what_they_say(replay, tmp_path, coldstart):
 
 
 def test_micro_batches_change_nothing_but_rounding(tmp_path, coldstart):
-    "One gradient step with micro-batches of one row or of all: the same loss, gradient norm and statistics."
+    """One gradient step with micro-batches of one row or of all: the same loss, gradient norm and
+    statistics."""
     rows = [
         train(
             small(tmp_path / str(tokens), coldstart, **{"batch.tokens": tokens, "steps": 2})
         ).steps()[0]
         for tokens in (1, 100000)
     ]
+    # five seeds differed by up to 3e-6 of a number, and kl, which is next to zero, by 2e-8
     for key in ("loss", "grad_norm", "reward", "entropy", "kl", "weight/max"):
-        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-7), key
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=6e-7), key
 
 
 def test_two_runs_are_equal_bit_for_bit(finished, tmp_path, coldstart):
     train(small(tmp_path / "run", coldstart))
     assert metrics(tmp_path / "run") == metrics(finished.folder)
-
-
-# ------------------------------------------------------------------------------------------ stopping
-@pytest.mark.parametrize("when", ["step_000002", "step_000006.tmp", "metrics"])
-def test_kill_and_resume_is_bit_for_bit(when, finished, tmp_path, coldstart):
-    """kill -9 between two steps, inside the writing of a checkpoint, and inside the writing of metrics; then --resume."""
-    folder = tmp_path / "run"
-    (tmp_path / "r.yaml").write_text(config_yaml(small(folder, coldstart)))
-    killer = ""
-    if when == "step_000006.tmp":  # die when the optimiser's state of step 6 is about to be written
-        killer = (
-            "import minirl_nb.world as t, os, signal\nold = t.save_file\n"
-            "def save(x, p, **k):\n    if 'step_000006.tmp' in str(p): os.kill(os.getpid(), signal.SIGKILL)\n    old(x, p, **k)\n"
-            "t.save_file = save\n"
-        )
-    if when == "metrics":  # die with half a line of step 5 on the disk
-        killer = (
-            "import minirl_nb.run as t, os, signal, json\nold = t.append_row\n"
-            "def append(folder, row):\n    if row.get('step') == 5:\n        f = open(folder / 'metrics.jsonl', 'a')\n"
-            "        f.write(json.dumps(row)[:40]); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n    return old(folder, row)\n"
-            "t.append_row = append\n"
-        )
-    code = (
-        killer
-        + f"from minirl_nb.cli import main; import sys; sys.exit(main(['train', {str(tmp_path / 'r.yaml')!r}]))"
-    )
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    p = subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    if when == "step_000002":
-        deadline = time.time() + 120
-        while (
-            not (folder / "checkpoints" / when).exists()
-            and p.poll() is None
-            and time.time() < deadline
-        ):
-            time.sleep(0.005)
-        p.send_signal(signal.SIGKILL)
-    assert p.wait(180) == -signal.SIGKILL, p.stderr.read().decode()
-    assert len(
-        [r for r in (folder / "metrics.jsonl").read_text().splitlines() if r.endswith("}")]
-    ) < len(metrics(finished.folder))
-    assert main(["train", str(tmp_path / "r.yaml"), "--resume"]) == 0
-    assert metrics(folder) == metrics(finished.folder)
-    assert [p.name for p in checkpoints(folder)] == [p.name for p in checkpoints(finished.folder)]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (checkpoints(folder)[-1] / name).read_bytes() == (
-            checkpoints(finished.folder)[-1] / name
-        ).read_bytes()
-    assert not list(folder.rglob("*.tmp"))
-
-
-def test_a_run_is_prolonged_bit_for_bit(finished, tmp_path, coldstart):
-    "Four steps, then eight: the metrics of a run that was planned for eight."
-    train(small(tmp_path / "run", coldstart, steps=4))
-    train(small(tmp_path / "run", coldstart, steps=8, resume=True))
-    assert metrics(tmp_path / "run") == metrics(finished.folder)
-    assert not (tmp_path / "run" / "changes.jsonl").exists()
-
-
-def test_a_changed_setting_is_written_down(tmp_path, coldstart):
-    train(small(tmp_path / "run", coldstart, steps=2))
-    changed = {"steps": 4, "optimizer.lr": 1e-5, "resume": True, "allow_change": True}
-    result = train(small(tmp_path / "run", coldstart, **changed))
-    assert [r["lr"] for r in result.steps()] == [3e-4, 3e-4, 1e-5, 1e-5]
-    (line,) = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 2, "changes": {"optimizer.lr": [3e-4, 1e-5]}}
-
-
-def test_resume_of_a_finished_run_does_nothing(finished, coldstart):
-    before = metrics(finished.folder)
-    again = train(small(finished.folder, coldstart, resume=True))
-    assert (
-        metrics(finished.folder) == before
-        and again.evaluations.keys() == finished.evaluations.keys()
-    )
 
 
 @pytest.mark.parametrize(
@@ -638,61 +287,9 @@ def test_train_state_error_is_a_runtime_error():
     assert issubclass(TrainingError, RuntimeError)
 
 
-def test_live_plot_in_a_notebook(tmp_path, coldstart):
-    "A real Jupyter kernel shows one picture and updates it, and no progress bar."
-    import nbformat
-    from nbclient import NotebookClient
-
-    settings = {
-        "model.path": str(coldstart),
-        "output.folder": str(tmp_path / "run"),
-        "steps": 2,
-        "batch.prompts": 2,
-        "rollout.responses": 2,
-        "rollout.max_new_tokens": 16,
-        "evaluation.samples": 1,
-        "threads": 1,
-    }
-    code = f"from minirl_nb.train import load_config, train\nr = train(load_config(None, {settings!r}))"
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    NotebookClient(nb, timeout=300, kernel_name="python3").execute()
-    outputs = nb.cells[0].outputs
-    pictures = [
-        o
-        for o in outputs
-        if o.output_type in ("display_data", "update_display_data")
-        and "image/png" in o.get("data", {})
-    ]
-    assert len(pictures) == 1 and "step/s" not in str(
-        [o for o in outputs if o.output_type == "stream"]
-    )
-
-
-def test_auto_says_what_it_took(tmp_path, coldstart, capsys):
-    result = train(small(tmp_path / "run", coldstart, **{"objective.replay": "auto", "steps": 2}))
-    assert result.replay == "R2" and "auto took R2 (N = 2)" in capsys.readouterr().err
-
-
-def test_a_stop_file_ends_a_run_with_a_checkpoint_and_resume_goes_on(finished, tmp_path, coldstart):
-    config = small(tmp_path / "run", coldstart)
-    stopped = train(
-        config, on_step=lambda run: (run.folder / "stop").touch() if run.step == 4 else None
-    )
-    assert (
-        stopped.stopped
-        and stopped.steps()[-1]["step"] == 4
-        and "stopped after 4 gradient steps" in stopped.report()
-    )
-    assert (
-        not (tmp_path / "run" / "stop").exists()
-        and newest_checkpoint(tmp_path / "run").name == "step_000004"
-    )
-    train(small(tmp_path / "run", coldstart, resume=True))
-    assert metrics(tmp_path / "run") == metrics(finished.folder)
-
-
 def test_packed_micro_batches_train_like_padded_ones(tmp_path, coldstart):
-    "Rows laid one behind the other, R2 and R3, against padded micro-batches: the same first steps to rounding."
+    """Rows laid one behind the other, R2 and R3, against padded micro-batches: the same first steps
+    to rounding."""
     for replay in ("R2", "R3"):
         rows = [
             train(
@@ -704,6 +301,34 @@ def test_packed_micro_batches_train_like_padded_ones(tmp_path, coldstart):
             ).steps()
             for packed in (False, True)
         ]
+        # five seeds differed by up to 4e-6 of a number in their first steps
         for a, b in zip(*rows):
             for key in ("loss", "grad_norm", "entropy", "kl", "discrepancy/flip"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (replay, key)
+
+
+def test_two_policies_save_the_pass_and_train_the_same(coldstart, tmp_path):
+    """A loss that does not look at pi_old gives the same run, bit for bit, without the pass that
+    recomputes it; what only that pass measures is missing and not zero.
+    """
+    from minirl_nb.report import plot_run
+
+    found = {}
+    for pi_old in ("recomputed", "rollout"):
+        changes = {"objective.preset": "dppo_tv", "objective.pi_old": pi_old, "steps": 4}
+        config = small(tmp_path / pi_old, coldstart, **changes)
+        found[pi_old] = train(config), metrics(tmp_path / pi_old)
+    (_, three), (result, two) = found.values()
+    steps = [(a, b) for a, b in zip(three, two) if a["kind"] == "step"]
+    assert len(steps) == 4 and len(three) == len(two)
+    same = ("loss", "grad_norm", "reward", "clip_high", "clip_low", "weight/k3", "response/ess")
+    for a, b in steps:
+        assert {k: a[k] for k in same} == {k: b[k] for k in same}
+        assert b["kl"] is None and b["k3"] is None and b["entropy"] is None
+        assert a["k3"] > 0 and a["entropy"] > 0
+        # all of the shift counts as the update's
+        assert b["staleness/k3"] == b["weight/k3"] and b["discrepancy/k3"] == 0
+    timed_rows = [r for r in result.rows if r["kind"] == "step"]
+    assert not any("recompute" in key for r in timed_rows for key in r)
+    plot_run(result.rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0

@@ -17,6 +17,7 @@ from minirl_nb import verification
 from minirl_nb.answers import Problem
 from minirl_nb.verification import Pool
 
+BY_VALUE = {"unevaluated": "accept"}  # the default rules refuse these before any algebra
 HOSTILE = [r"\boxed{9^{9^{9^9}}}", r"\boxed{\int_0^\infty e^{x^{x^x}}dx}"]
 
 
@@ -35,7 +36,7 @@ def checker():
 def test_hostile_answers_are_wrong_and_cost_a_second_each(checker):
     before, t0 = checker.restarts, time.monotonic()
     requests = [
-        ("math", "2", t)
+        ("math", "2", t, BY_VALUE)
         for t in (HOSTILE[0], r"\boxed{2}", HOSTILE[1], r"\boxed{2}", HOSTILE[0], r"\boxed{3}")
     ]
     assert checker.check(requests) == [0, 1, 0, 1, 0, 0]
@@ -211,7 +212,7 @@ while len(kids) < 2:
     pids = [w.process.pid for w in p.workers if w.ready]
     kids = [k for i in pids for k in open(f"/proc/{{i}}/task/{{i}}/children").read().split()]
 print("torch" in open(f"/proc/{{kids[0]}}/maps").read(), *kids, *pids, flush=True)
-threading.Thread(target=p.check, args=([("math", "1", {HOSTILE[0]!r})],)).start()
+threading.Thread(target=p.check, args=([("math", "1", {HOSTILE[0]!r}, {BY_VALUE})],)).start()
 time.sleep(0.3)
 os.kill(os.getpid(), 9)
 """)

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from end_tokens import ends_rightly
 
 from minirl_nb import fp8
 from minirl_nb.batch import validate
+from minirl_nb.decoding import end_tokens
 from minirl_nb.policy import token_logprobs
 from minirl_nb.rollout import ParityError, Sampling, TorchEngine, parity
 from minirl_nb.routing import compare, record, routers
@@ -24,6 +26,7 @@ needs_vllm = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make vllm)"),
 ]
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = Sampling(max_new_tokens=16)
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4], [2]]
 # float32 log-probabilities up to 20 after three layers: some tens of roundings of 2e-6
@@ -75,7 +78,7 @@ def tiny(family="qwen3_moe", seed=0, **changes):
 _ENGINES = {}  # shared by this file and test_vllm_parallel: a start takes seconds
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engines():
     "(engine, model) by family and scheme, started when first asked for and kept."
     from minirl_nb.vllm.engine import VLLMEngine
@@ -166,6 +169,41 @@ def test_routes_of_a_dense_model_are_refused_before_anything_starts(monkeypatch)
         engine.VLLMEngine(tiny("llama", mlp_bias=False), routes=True)
 
 
+def test_stale_routes_of_a_response_are_refused():
+    from minirl_nb.vllm.requests import Response, RouterPlaces, as_rollout
+
+    places = RouterPlaces(("a", "b"), (0, 2), (8, 8), 2)  # layer 1 is dense
+    g = np.random.default_rng(0)
+    routes = g.permuted(np.tile(np.arange(8), (149, 3, 1)), axis=-1)[..., :2].astype(np.uint8)
+
+    def assemble(routes):
+        tokens = [5 + i % 7 for i in range(146)]
+        response = Response(tokens, [-1.0] * 146, "length", routes)
+        return as_rollout(
+            [[4, 5, 6, 7]], 1, [response], pad=0, vocab_size=16, version=0, places=places
+        )
+
+    assert assemble(routes).routes_valid.sum() == 149
+    routes[60:127] = routes[60]
+    with pytest.raises(
+        ValueError, match=r"routes\[0, 60:127\] are one row 67 times in all 2 layers"
+    ):
+        assemble(routes)
+
+
+def test_where_a_version_keeps_the_flag_for_routes():
+    from minirl_nb.vllm.worker import returns_routes
+
+    old = SimpleNamespace(model_config=SimpleNamespace(enable_return_routed_experts=True))
+    new = SimpleNamespace(  # from 0.31 on, where the model's config has no such field
+        model_config=SimpleNamespace(),
+        aux_output_config=SimpleNamespace(enable_return_routed_experts=True),
+    )
+    assert returns_routes(old) and returns_routes(new)
+    new.aux_output_config.enable_return_routed_experts = False
+    assert not returns_routes(new)
+
+
 # ---------------------------------------------------------------------------------------- with vLLM
 class TestSampling:
     pytestmark = needs_vllm
@@ -246,6 +284,23 @@ class TestSampling:
             and not r.finished.all()
         )
         assert r.group.tolist() == [g for g in range(4) for _ in range(16)]
+
+    def test_a_response_ends_at_any_end_token_of_model_or_tokenizer(self):
+        "As with the torch engine (test_rollout.py): one rule, and who wants another names it."
+        from minirl_nb.vllm.engine import VLLMEngine
+
+        model = tiny()
+        model.generation_config.eos_token_id = [15, 14]
+        tokenizer = SimpleNamespace(eos_token_id=13, pad_token_id=0)
+        engine = VLLMEngine(model, tokenizer, max_batch=32)
+        try:
+            assert engine.eos == TorchEngine(model, tokenizer=tokenizer).eos.tolist()
+            for named in ((), [14], [15, 14, 13, 12]):
+                engine.eos = end_tokens(model, tokenizer, named)
+                r = engine.generate(PROMPTS, Sampling(n=16, max_new_tokens=16))
+                assert all(ends_rightly(r, list(named) or [15, 14, 13]).values())
+        finally:
+            engine.close()
 
     def test_thousands_of_requests_and_a_progress_bar(self, engines, capfd):
         engine, _ = engines()
@@ -515,6 +570,45 @@ class TestFaults:
         with pytest.raises(ValueError, match="does not start .*cache blocks"):
             VLLMEngine(tiny(), kv_cache_memory_bytes="4096")
 
+    def test_a_process_is_afterwards_as_it_was(self, tmp_path):
+        """Environment, threads and process group: after an engine that was closed, and after one
+        that vLLM began to start and gave up. Processes started meanwhile do not load its libraries.
+
+        In a process of its own: what an import changes is seen once.
+        """
+        script = tmp_path / "guest.py"
+        script.write_text("""
+import os, subprocess, sys
+import torch
+import conftest
+from minirl_nb import decoding, rollout
+from minirl_nb.vllm.engine import VLLMEngine
+
+def state():
+    return dict(os.environ), torch.get_num_threads(), torch.distributed.is_initialized()
+
+model = conftest.tiny_qwen3_moe()
+before = state()
+try:
+    VLLMEngine(model, kv_cache_memory_bytes="4096")
+except ValueError as e:
+    print("refused", "cache blocks" in str(e))
+print("failed start", state() == before)
+with VLLMEngine(model) as engine:
+    assert engine._inside and not engine._guest
+    child = "import os; print('LD_PRELOAD' in os.environ, 'LOCAL_WORLD_SIZE' in os.environ)"
+    print("child", subprocess.check_output([sys.executable, "-c", child], text=True).strip())
+print("closed", state() == before)
+""")
+        paths = [ROOT, ROOT / "tests", ROOT / "tools"]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+        for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE"):
+            env.pop(name, None)
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+        said = done.stdout.splitlines()
+        expected = ["refused True", "failed start True", "child False False", "closed True"]
+        assert said == expected, done.stdout + done.stderr[-2000:]
+
     def test_running_out_of_cache_blocks_loses_nothing(self, engines):
         full, small = engines()[0], engines(**SMALL_CACHE)[0]
         s = Sampling(n=8, max_new_tokens=50, seed=2)
@@ -555,6 +649,12 @@ class TestFaults:
         for wrong in (None, good[:1], good[:, :2], good[:, :, :1]):
             with pytest.raises(EngineError, match="routed experts"):
                 assemble(wrong)
+        no_route = good.astype(np.int32)
+        no_route[1] = -1
+        assert assemble(no_route).routes_valid.tolist() == [[True, False, False]]
+        no_route[1, 0] = 1
+        with pytest.raises(ValueError, match=r"routes\[1\] = \[-1, -1\] in layer 1"):
+            assemble(no_route)
         with pytest.raises(ValueError, match="all 2 valid rows are zero"):
             assemble(good * 0)
         with pytest.raises(ValueError, match="twice"):

@@ -11,6 +11,7 @@ from minirl_nb.weights import (
     TIS,
     WEIGHTS,
     Clamp,
+    Gamma,
     Geometric,
     IcePop,
     diagnostics,
@@ -36,6 +37,8 @@ def test_eq5_factorises(b):
     # three subtractions of numbers below 20 in size: a few units of rounding of 20
     torch.testing.assert_close(of("pi/mu"), of("old/mu") + of("pi/old"), rtol=0, atol=100 * EPS)
     torch.testing.assert_close(of("sequence")[:, 0], of("pi/mu").sum(-1), rtol=0, atol=100 * EPS)
+    # the product up to the last token is that of the whole response
+    torch.testing.assert_close(of("prefix")[:, -1], of("sequence")[:, -1], rtol=0, atol=100 * EPS)
     torch.testing.assert_close(of("geometric"), sequence_mean(of("pi/old"), mask=b.response_mask))
 
 
@@ -81,6 +84,18 @@ def test_log_ratio_is_at_least_float32_and_carries_its_gradient():
     x = a.clone().requires_grad_()
     log_ratio(numerator=x, denominator=b, mask=m).sum().backward()
     assert x.grad.tolist() == [[1.0, 0.0]]
+
+
+@PROPERTY
+@given(batches)
+def test_the_prefix_weight_is_the_product_up_to_the_token(b):
+    got = log_weight("prefix", **b.policies())
+    for i, row in enumerate(b.response_mask.tolist()):
+        product = 1.0
+        for t, counts in enumerate(row):
+            if counts:
+                product *= math.exp(float(b.logp[i, t])) / math.exp(float(b.logp_mu[i, t]))
+                assert float(got[i, t].exp()) == pytest.approx(product, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -130,20 +145,20 @@ def test_truncations_on_literal_weights():
         Clamp(0.8, 1.27): [0.8, 0.8, 1, 1.27, 1.27, 1.27],
     }
     for cut, values in expected.items():
-        got, touched = cut(w.log(), mask=m)
+        got, changed = cut(w.log(), mask=m)
         torch.testing.assert_close(
             got, torch.tensor([values], dtype=torch.float64), rtol=8 * EPS, atol=0
         )
         # exp(log 5) may lie a rounding above 5: a weight exactly on a bound has either flag, and
         # the same value
         off = ~torch.isin(w, torch.tensor([0.5, 2.0, 5.0], dtype=torch.float64))
-        torch.testing.assert_close(touched[off], (got != w)[off] & ((got - w).abs() > 1e-9)[off])
-    kept, touched = Geometric(0.9, 1.1)(
+        torch.testing.assert_close(changed[off], (got != w)[off] & ((got - w).abs() > 1e-9)[off])
+    kept, changed = Geometric(0.9, 1.1)(
         torch.tensor([[2.0, 0.5, 7.0], [2.0, 2.0, 7.0]]).log(),
         mask=torch.tensor([[True, True, False]] * 2),
     )
     torch.testing.assert_close(kept[:, :2], torch.tensor([[2.0, 0.5], [0.0, 0.0]]))
-    assert touched.tolist() == [[False] * 3, [True, True, False]]
+    assert changed.tolist() == [[False] * 3, [True, True, False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -162,6 +177,37 @@ def test_nan_is_never_hidden(cut):
     assert cut(torch.full((1, 2), math.nan), mask=torch.ones(1, 2).bool())[0].isnan().all()
 
 
+@PROPERTY
+@given(batches, st.floats(0.5, 4.0), st.floats(0.1, 4.0))
+def test_the_gamma_kernel_is_its_formula(b, c1, c2):
+    "2602.10693, Eq. 20, a token at a time; what overflows must fade."
+    log_w = log_weight("sequence", **b.policies())
+    cut = Gamma(c1, c2, c1 + 1, c2 / 2)
+    got, smaller = cut(log_w, mask=b.response_mask, advantage=b.advantage)
+    for i, t in b.response_mask.nonzero().tolist():
+        x = float(log_w[i, t])
+        power, rate = (c1 + 1, c2 / 2) if b.advantage[i] < 0 else (c1, c2)
+        want = math.exp(power * x + rate * (1 - math.exp(x))) if x < 300 else 0.0
+        # the exponent is a difference of numbers up to 1e4 times larger than itself
+        assert float(got[i, t]) == pytest.approx(want, rel=1e-11, abs=1e-300)
+        assert bool(smaller[i, t]) == (float(got[i, t]) < math.exp(min(x, 700)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gamma_kernel_far_out(dtype):
+    log_w = torch.tensor([[1e4, math.inf, -1e5, -math.inf, 0.0, math.nan]], dtype=dtype)
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    for a in (1.0, -1.0):
+        got, _ = Gamma()(log_w, mask=mask, advantage=torch.tensor([a]))
+        assert got.dtype == dtype and got[0, :5].tolist() == [0, 0, 0, 0, 1] and got[0, 5].isnan()
+        none, _ = Gamma(0, 0, 0, 0)(log_w, mask=mask, advantage=torch.tensor([a]))
+        assert none[0, :5].tolist() == [1] * 5 and none[0, 5].isnan()
+    with pytest.raises(ValueError, match="needs the advantage"):
+        Gamma()(log_w, mask=mask)
+    with pytest.raises(ValueError, match="must be finite"):
+        Gamma(c2=-1.0)
+
+
 @pytest.mark.parametrize(
     "cut",
     [
@@ -177,8 +223,8 @@ def test_nan_is_never_hidden(cut):
 @given(b=batches)
 def test_a_truncation_with_its_knob_at_infinity_is_none(cut, b):
     log_w = log_weight("pi/mu", **b.policies())
-    w, touched = cut(log_w, mask=b.response_mask)
-    assert torch.equal(w, log_w.exp()) and not touched.any()
+    w, changed = cut(log_w, mask=b.response_mask)
+    assert torch.equal(w, log_w.exp()) and not changed.any()
 
 
 def test_short_forms():
@@ -187,6 +233,7 @@ def test_short_forms():
     assert truncation("icepop:0.5,5") == IcePop(0.5, 5.0) and truncation(
         "geometric:0.9,1.1"
     ) == Geometric(0.9, 1.1)
+    assert truncation("gamma") == truncation("gamma:2,3,3,2") == Gamma()
 
 
 # ------------------------------------------------------------ diagnostics
@@ -216,6 +263,28 @@ def test_ratio_stats_are_their_definitions(b, tau):
     order = torch.randperm(len(b.logp), generator=torch.Generator().manual_seed(0))
     for k, v in ratio_stats(log_r[order], mask=b.response_mask[order], taus=(tau,)).items():
         assert v == pytest.approx(s[k], rel=1e-9, abs=1e-13), k
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ratio_stats_are_their_definitions_to_the_bit(seed):
+    "On one block of tokens the sums are those of the formulas, rounded in the same way."
+    b = make(seed)
+    log_r = log_ratio(numerator=b.logp, denominator=b.logp_mu, mask=b.response_mask)
+    x = log_r[b.response_mask].double()
+    r, scaled, n = x.exp(), (x - x.max()).exp(), x.numel()
+    expected = {
+        "k1": (-x).sum() / n,
+        "k3": (torch.expm1(x) - x).sum() / n,
+        "chi2": (r * r).sum() / n - 1,
+        "ess": (scaled.sum() / n) ** 2 / ((scaled * scaled).sum() / n),
+        "abs": x.abs().sum() / n,
+        "f_2": (x.abs() > math.log(2)).double().sum() / n,
+        "min": x.min().exp(),
+        "max": x.max().exp(),
+        "q01": x.sort().values[max(math.ceil(0.01 * n), 1) - 1].exp(),
+        "q99": x.sort().values[math.ceil(0.99 * n) - 1].exp(),
+    }
+    assert ratio_stats(log_r, b.response_mask) == {k: float(v) for k, v in expected.items()}
 
 
 def test_ratio_stats_on_a_batch_that_is_its_distribution():
@@ -290,11 +359,38 @@ def test_float32_diagnostics_equal_float64_ones():
 def test_diagnostics_name_the_factors():
     b = make(1, B=16, T=16)
     d = diagnostics(**b.policies())
-    assert {k.split("/")[0] for k in d} == {"discrepancy", "staleness", "weight"}
+    assert {k.split("/")[0] for k in d} == {"discrepancy", "staleness", "weight", "response"}
     assert d["weight/k1"] == pytest.approx(d["discrepancy/k1"] + d["staleness/k1"])
     assert d["discrepancy/k1"] == pytest.approx(
         float((b.logp_mu - b.logp_old)[b.response_mask].mean())
     )
+
+
+@PROPERTY
+@given(batches)
+def test_chi2_and_ess_of_whole_responses(b):
+    "One weight a response, which is the product of its tokens'; a response without tokens has none."
+    W = [
+        math.exp(sum(float(x) for x in (b.logp - b.logp_mu)[i][row]))
+        for i, row in enumerate(b.response_mask)
+        if row.any()
+    ]
+    d, n = diagnostics(**b.policies()), len(W)
+    square = sum(w * w for w in W)
+    assert d["response/chi2"] == pytest.approx(square / n - 1, rel=1e-9, abs=1e-12)
+    assert d["response/ess"] == pytest.approx(sum(W) ** 2 / (n * square), rel=1e-9)
+
+
+def test_whole_responses_of_a_long_batch():
+    "The product of 4,000 ratios overflows; the effective sample size must not."
+    logp_mu = torch.full((3, 4000), -2.0)
+    logp = logp_mu + torch.tensor([[0.3], [0.29], [-0.3]])
+    d = diagnostics(
+        logp=logp, logp_old=logp, logp_mu=logp_mu, response_mask=torch.ones(3, 4000).bool()
+    )
+    assert d["response/chi2"] == math.inf
+    # float32 log ratios of 0.3 are off by 1e-7, 4,000 times
+    assert d["response/ess"] == pytest.approx(1 / 3, rel=1e-2)
 
 
 @pytest.mark.gpu

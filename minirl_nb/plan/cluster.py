@@ -1,7 +1,7 @@
-"""**Claim.** All that a plan takes on trust stands in two tables: the data sheet of each GPU, and
-the assumptions, each with its value and its reason. Everything else is computed.
+"""**Claim.** A plan takes on trust only what two tables hold: the data sheet of each GPU, and the
+assumptions, each with its value and its reason. Everything else is computed.
 
-This room holds the cluster and the assumptions. A number of the plan that cannot be traced to a
+This module holds the cluster and the assumptions. A number of the plan that cannot be traced to a
 table here, to the config or to the model refutes the claim.
 """
 

@@ -112,14 +112,14 @@ def _sent(func, args, kwargs, out, gpus_per_node: int) -> dict[tuple[str, bool],
     near = sum(rank // gpus_per_node == ranks[0] // gpus_per_node for rank in ranks)
     return {(kind, False): size * (near - 1) / many, (kind, True): size * (1 - near / many)}
 
-# %% ../../nbs/16b_ledger.ipynb #d29b5305
+# %% ../../nbs/16b_ledger.ipynb #f1e6c092
 _EFFICIENCY = {  # kind of kernel: the assumption about its share of the peak rate
     "dense": "matmul",
     "experts": "experts",
     "attention": "attention",
 }
 
-
+# %% ../../nbs/16b_ledger.ipynb #d3de48d1
 class Ledger(MemTracker):
     """torch's MemTracker, kept by part of a step (`begin`) instead of by module.
 

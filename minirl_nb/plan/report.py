@@ -21,7 +21,7 @@ from .case import Shape
 from .cluster import GB, Assumptions, Cluster, GiB
 from .time import Sampling
 
-# %% ../../nbs/16f_report.ipynb #c7b544da
+# %% ../../nbs/16f_report.ipynb #19596243
 @dataclass
 class Phase:
     "What one phase asks of a GPU."
@@ -41,7 +41,7 @@ class Phase:
         "Seconds of a rollout step."
         return sum(self.seconds.values())
 
-
+# %% ../../nbs/16f_report.ipynb #6932e809
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     "JSON has no infinities: None in their place."
     return {
@@ -49,7 +49,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
     }
 
-
+# %% ../../nbs/16f_report.ipynb #ba04fbdc
 @dataclass
 class Plan:
     "What `plan` found: `report()` is a text, `as_dict()` plain numbers, `warnings` sentences."
@@ -221,7 +221,7 @@ def _limit_lines(plan: Plan) -> list[str]:
         )
     return lines
 
-# %% ../../nbs/16f_report.ipynb #0c9a639e
+# %% ../../nbs/16f_report.ipynb #2ec7846f
 def knob(term: str, config: RunConfig, cluster: Cluster) -> str:
     "The setting that helps against a term of memory."
     rollout, expert = config.rollout, config.parallel.expert
@@ -247,7 +247,7 @@ def knob(term: str, config: RunConfig, cluster: Cluster) -> str:
         return "use more GPUs, or set parallel.offload to True"
     return "use more GPUs (or processes), or a smaller model"
 
-
+# %% ../../nbs/16f_report.ipynb #ec5d2adc
 _RESERVES = ("context", "fragmentation", "engine workspace")  # nothing in a config changes them
 
 

@@ -11,7 +11,7 @@ process, in another one, or on another machine.
 # %% auto #0
 __all__ = ['VLLMBase']
 
-# %% ../../nbs/11f_vllm_base.ipynb #d1825071
+# %% ../../nbs/11f_vllm_base.ipynb #16d7a951
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import fp8 as fp8_module
 from ..batch import Rollout
-from ..decoding import Sampling
+from ..decoding import Sampling, end_tokens, padding_token
 from minirl_nb.vllm.requests import (
     EngineError,
     Response,
@@ -33,7 +33,7 @@ from minirl_nb.vllm.requests import (
 )
 from .transfer import Answers, Transfer
 
-# %% ../../nbs/11f_vllm_base.ipynb #e9a48433
+# %% ../../nbs/11f_vllm_base.ipynb #5134da75
 class VLLMBase:
     """What every vLLM engine is made of: requests, rollouts, the stream of weights and its
     verification.
@@ -63,26 +63,12 @@ class VLLMBase:
         self.transfer = Transfer(model, self.dtype, self.fp8)
         self.routes = routes
         self.places = RouterPlaces.of(self.transfer.skeleton) if routes else None
-        self._take_special_tokens(model, tokenizer, eos_token_id, pad_token_id)
+        self.eos = end_tokens(model, tokenizer, eos_token_id)
+        self.pad = padding_token(model, tokenizer, pad_token_id, self.eos)
         self.verify, self.version = option_value(verify), 0
         self._broken: str | None = None  # why the engine cannot be used any more
         self._incomplete: str | None = "no weights were given yet"
         self._expected: Answers | None = None  # of the last verified load
-
-    def _take_special_tokens(self, model, tokenizer, eos_token_id, pad_token_id) -> None:
-        source = model.generation_config if tokenizer is None else tokenizer
-        eos = eos_token_id
-        if eos is None:
-            eos = getattr(source, "eos_token_id", None)
-        if eos is None:
-            raise ValueError(
-                "no end token: give eos_token_id, or set it in the model's generation_config"
-            )
-        self.eos = [eos] if isinstance(eos, int) else list(eos)
-        pad = pad_token_id
-        if pad is None:
-            pad = getattr(source, "pad_token_id", None)
-        self.pad = self.eos[0] if pad is None else pad
 
     def _check_usable(self) -> None:
         if self._broken:

@@ -23,7 +23,7 @@ __all__ = ['WORKER_METHODS', 'CPU_WORKER', 'EMULATED', 'CACHE_BLOCK', 'MOST_CACH
            'option_value', 'padded_head_size', 'scheme_name', 'engine_arguments', 'request_seeds',
            'request_parameters', 'check_prompts', 'Response', 'RouterPlaces', 'as_rollout']
 
-# %% ../../nbs/11_vllm.ipynb #bcf061e0
+# %% ../../nbs/11_vllm.ipynb #3061cd5c
 import ast
 import re
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from .. import fp8 as fp8_module
 from ..batch import Rollout, validate
 from ..decoding import Sampling
-from ..routing import check_routes, routers, routes_dtype
+from ..routes import check_recorded, read_routes
+from ..routing import routers, routes_dtype
 
 # %% ../../nbs/11_vllm.ipynb #236ee34e
 class EngineError(RuntimeError):
@@ -178,7 +179,7 @@ def check_prompts(sizes: Sequence[int], sampling: Sampling, positions: int) -> N
             f"{positions} positions"
         )
 
-# %% ../../nbs/11_vllm.ipynb #a8e74127
+# %% ../../nbs/11_vllm.ipynb #ad83f152
 @dataclass
 class Response:
     """One response as vLLM gives it.
@@ -218,23 +219,26 @@ class RouterPlaces:
         dtype = routes_dtype(max(self.experts))
         return torch.zeros(rows, tokens, len(self.layers), self.top_k, dtype=dtype)
 
-    def take(self, request: int, routes: np.ndarray | None, tokens: int) -> Tensor:
-        "[tokens, L, K] of what vLLM gave for a request. EngineError where it has another shape."
+    def take(self, request: int, routes: np.ndarray | None, tokens: int) -> tuple[Tensor, Tensor]:
+        """[tokens, L, K] of what vLLM gave for a request, and bool [tokens]: has it a route?
+
+        EngineError where it has another shape; ValueError where `read_routes` refuses it."""
         if routes is None:
             raise EngineError(f"vLLM gave no routed experts for request {request}")
         last = max(self.layers)
         if (
             routes.ndim != 3
-            or routes.shape[0] != tokens
+            or routes.shape[0] != tokens - 1
             or routes.shape[1] <= last
             or routes.shape[2] != self.top_k
         ):
             raise EngineError(
                 f"vLLM gave routed experts {routes.shape} for request {request}; expected "
-                f"{tokens} tokens, "
+                f"{tokens - 1} tokens, "
                 f"more than {last} layers, {self.top_k} experts per token"
             )
-        return torch.from_numpy(np.ascontiguousarray(routes[:, self.layers]).astype(np.int64))
+        given = np.ascontiguousarray(routes[:, self.layers]).astype(np.int64)
+        return read_routes(torch.from_numpy(given), tokens, self.experts)
 
 
 _NOT_A_NUMBER = -9000  # a server writes -9999 for a log-probability that is not a number
@@ -260,6 +264,7 @@ def as_rollout(
     B, T = len(responses), max(length.tolist(), default=0)
     tokens, logp = torch.full((B, T), pad), torch.zeros(B, T)
     routes = None if places is None else places.empty(B, T)
+    valid = torch.zeros(B, T, dtype=torch.bool)
     for b, response in enumerate(responses):
         start, end = int(first[b]), int(length[b])
         tokens[b, :start] = torch.tensor(prompts[b // n])
@@ -268,7 +273,7 @@ def as_rollout(
         if response.finish not in ("stop", "length"):
             raise EngineError(f"request {b} ended with {response.finish!r}")
         if places is not None:
-            routes[b, : end - 1] = places.take(b, response.routes, end - 1)
+            routes[b, :end], valid[b, :end] = places.take(b, response.routes, end)
     bad = ~torch.isfinite(logp) | (logp < _NOT_A_NUMBER)
     if bad.any():
         raise FloatingPointError(
@@ -286,9 +291,7 @@ def as_rollout(
         policy_version=version,
     )
     if places is not None:
-        out.routes, out.routes_valid = routes, torch.arange(T) < length[:, None] - 1
+        out.routes, out.routes_valid = routes, valid
         if B:
-            check_routes(
-                routes, out.routes_valid, list(places.names), list(places.experts), places.top_k
-            )
+            check_recorded(out, list(places.names), list(places.experts), places.top_k)
     return validate(out, vocab_size=vocab_size)

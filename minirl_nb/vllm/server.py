@@ -156,7 +156,7 @@ class Server:
             text = None if body is None else json.dumps(body)
             connection.request(method, path, text, headers)
             answer = connection.getresponse()
-            status, text = answer.status, answer.read()
+            status, said = answer.status, answer.read()
         except (OSError, http.client.HTTPException) as e:
             raise EngineError(
                 f"the server at {self.address} does not answer {method} {path} "
@@ -167,9 +167,9 @@ class Server:
                 self.open.discard(connection)
             connection.close()
         try:
-            return status, json.loads(text) if text else None
+            return status, json.loads(said) if said else None
         except ValueError:
-            return status, text.decode(errors="replace")[:500]
+            return status, said.decode(errors="replace")[:500]
 
     def must(self, method: str, path: str, body: Any = None) -> Any:
         "The answer; EngineError where it is not a good one."

@@ -1,8 +1,9 @@
-"""`make bench`: the table of the front page. One section: `make bench ARGS=engine`. `--json FILE` keeps the numbers.
+"""`make bench`: the table of the front page. One section: `make bench ARGS=engine`. `--json FILE`
+keeps the numbers.
 
-Every comparison alternates its sides within one process and takes the best of several rounds, so that a busy neighbour hurts both alike.
-TRL lives in an environment of its own, `make bench-trl`; without it that row is left out and says so.
-"""
+Every comparison alternates its sides within one process and takes the best of several rounds, so
+that a busy neighbour hurts both alike. TRL lives in an environment of its own, `make bench-trl`;
+without it that row is left out and says so."""
 
 import argparse
 import json
@@ -51,8 +52,9 @@ def bench_model(**changes):
 
 
 def alternate(sides, rounds, clock=time.process_time):
-    """Best seconds of each side, and its last result; the sides take turns. Processor time by default: with one thread it is the clock's
-    on an idle machine, and on a busy one the fairer of the two."""
+    """Best seconds of each side, and its last result; the sides take turns. Processor time by
+    default: with one thread it is the clock's on an idle machine, and on a busy one the fairer of
+    the two."""
     best, result = dict.fromkeys(sides, float("inf")), {}
     for r in range(rounds + 1):  # the first round warms up
         for name, f in sides.items():
@@ -67,7 +69,8 @@ def alternate(sides, rounds, clock=time.process_time):
 
 
 def hf_generate(model, prompts, n, limit, batch):
-    "transformers' generate on the same prompts, `batch` rows at a time; returns the number of sampled tokens, end tokens included."
+    """transformers' generate on the same prompts, `batch` rows at a time; returns the number of
+    sampled tokens, end tokens included."""
     rows = torch.tensor(prompts).repeat_interleave(n, 0)
     eos, total = model.generation_config.eos_token_id, 0
     for part in rows.split(batch):
@@ -92,8 +95,9 @@ def hf_generate(model, prompts, n, limit, batch):
 def engine(rounds):
     """TorchEngine against generate: 1,024 responses to 128 prompts of 6 tokens, 256 rows at a time.
 
-    First all of one length (32; the end token is switched off on both sides), then with the end token (random weights: 1 in 16)
-    and a limit of 64, so that the mean length is about a quarter of it."""
+    First all of one length (32; the end token is switched off on both sides), then with the end
+    token (random weights: 1 in 16) and a limit of 64, so that the mean length is about a quarter of
+    it."""
     from minirl_nb.rollout import Sampling, TorchEngine
 
     prompts = torch.randint(2, 15, (128, 6), generator=torch.Generator().manual_seed(0)).tolist()
@@ -166,7 +170,8 @@ def demo(folder, **changes):
 
 
 def step(rounds):
-    "Seconds a gradient step by phase: the demo's recipe (256 responses a step, N = 4, R3, FP8), best of its rollout steps."
+    """Seconds a gradient step by phase: the demo's recipe (256 responses a step, N = 4, R3, FP8),
+    best of its rollout steps."""
     with tempfile.TemporaryDirectory() as d:
         result = train_run(Path(d) / "run", steps=4 * (2 + rounds))
     rows = [r for r in result.steps() if r["mini_batch"] == 0][2:]
@@ -186,7 +191,8 @@ def step(rounds):
 
 
 def replay(rounds):
-    "What R3 adds to a gradient step's forward and backward: recompute and update of one rollout step, with and without, taking turns."
+    """What R3 adds to a gradient step's forward and backward: recompute and update of one rollout
+    step, with and without, taking turns."""
     from minirl_nb import train
 
     with tempfile.TemporaryDirectory() as d:
@@ -253,10 +259,12 @@ from transformers import TrainerCallback
 class Clock(TrainerCallback):
     def on_step_end(self, *a, **k): marks.append(time.perf_counter())
 config = GRPOConfig(output_dir=sys.argv[1] + "/trl", per_device_train_batch_size=256, gradient_accumulation_steps=1,
-    num_generations=16, max_completion_length=int(sys.argv[3]), learning_rate=0.0, max_steps=int(sys.argv[4]), logging_steps=1000,
+    num_generations=16, max_completion_length=int(sys.argv[3]), learning_rate=0.0,
+    max_steps=int(sys.argv[4]), logging_steps=1000,
     save_strategy="no", report_to=[],
     temperature=1.0, beta=0.0, use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False, seed=0)
-GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tok,
+GRPOTrainer(model=model, reward_funcs=reward, args=config, processing_class=tok,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
             callbacks=[Clock()]).train()
 gaps = [b - a for a, b in zip(marks, marks[1:])]
 print(json.dumps({"seconds": min(gaps), "length": sum(lengths) / len(lengths)}))
@@ -264,7 +272,8 @@ print(json.dumps({"seconds": min(gaps), "length": sum(lengths) / len(lengths)}))
 
 
 def trl(rounds):
-    "A full on-policy step (256 responses = 16 prompts x 16, limit 64) against TRL 1.16's GRPOTrainer: same model, prompts, lengths."
+    """A full on-policy step (256 responses = 16 prompts x 16, limit 64) against TRL 1.16's
+    GRPOTrainer: same model, prompts, lengths."""
     python = ROOT / ".venv-trl" / "bin" / "python"
     if not python.exists():
         return [("TRL 1.16 GRPOTrainer", float("nan"), "no .venv-trl: run `make bench-trl`", "")]
@@ -328,7 +337,8 @@ def trl(rounds):
 
 
 def policy(rounds):
-    "Peak memory above the inputs of log-probabilities at V = 151,936, T = 4,096, H = 256: chunked against log_softmax."
+    """Peak memory above the inputs of log-probabilities at V = 151,936, T = 4,096, H = 256: chunked
+    against log_softmax."""
     from tests.bench.bench_policy import memory
 
     return [
@@ -337,7 +347,8 @@ def policy(rounds):
 
 
 def verifier(rounds):
-    "Ordinary answers a second through the math-verify pool, two workers (more cases: python tests/bench/bench_tasks.py)."
+    """Ordinary answers a second through the math-verify pool, two workers (more cases: python
+    tests/bench/bench_tasks.py)."""
     sys.path.insert(0, str(ROOT / "tests"))
     from test_verification import ordinary
 
@@ -375,7 +386,9 @@ def machine():
         )
     except (OSError, StopIteration):
         pass
-    return f"{name}, {os.cpu_count()} cores, {THREADS} thread used, Python {platform.python_version()}, torch {torch.__version__}"
+    python = platform.python_version()
+    cores = f"{os.cpu_count()} cores, {THREADS} thread used"
+    return f"{name}, {cores}, Python {python}, torch {torch.__version__}"
 
 
 def main():

@@ -1,10 +1,11 @@
-"""What FP8 emulation costs on a CPU: a decoding step against the plain model, loading weights, one rounding, and the experts' products.
+"""What FP8 emulation costs on a CPU: a decoding step against the plain model, loading weights, one
+rounding, and the experts' products.
 
     OMP_NUM_THREADS=1 python -m tests.bench.bench_fp8
 
-Processor time of this process; sides take turns and the best round counts, so that a neighbour on the machine does not decide.
-The model is the demo's size (0.34 million parameters), random weights. A whole `TorchEngine` is measured by `make bench ARGS=engine`.
-"""
+Processor time of this process; sides take turns and the best round counts, so that a neighbour on
+the machine does not decide. The model is the demo's size (0.34 million parameters), random weights.
+A whole `TorchEngine` is measured by `make bench ARGS=engine`."""
 
 import copy
 import time
@@ -50,7 +51,8 @@ def best(sides, rounds=12):
 
 @torch.no_grad()
 def decode(rows=256, steps=10):
-    "A decoding step of `rows` sequences, one token each through all layers; the context is that token: attention adds nothing to either."
+    """A decoding step of `rows` sequences, one token each through all layers; the context is that
+    token: attention adds nothing to either."""
     plain = model()
     sides = {"plain": plain} | {s: fp8.emulate(copy.deepcopy(plain), s) for s in fp8.SCHEMES}
     tokens = torch.randint(0, 16, (rows, 1))

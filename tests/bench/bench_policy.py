@@ -1,11 +1,14 @@
-"""Peak memory and time of token log-probabilities: chunked with recomputation against log_softmax, forward and backward.
+"""Peak memory and time of token log-probabilities: chunked with recomputation against log_softmax,
+forward and backward.
 
-    OMP_NUM_THREADS=1 python -m tests.bench.bench_policy             # live bytes, resident memory of the chunked way, times: a minute
-    OMP_NUM_THREADS=1 python -m tests.bench.bench_policy --full      # also log_softmax itself at full size (needs 9 GB) and its gradients
+    # live bytes, resident memory of the chunked way, times: a minute
+    OMP_NUM_THREADS=1 python -m tests.bench.bench_policy
+    # also log_softmax itself at full size (needs 9 GB) and its gradients
+    OMP_NUM_THREADS=1 python -m tests.bench.bench_policy --full
 
-Live bytes count the tensors made above the inputs (`policy.LiveBytes`), at full size on the meta device. Resident memory is the growth of a
-fresh process's peak over what it held with its inputs made, so it includes what operations need inside.
-"""
+Live bytes count the tensors made above the inputs (`policy.LiveBytes`), at full size on the meta
+device. Resident memory is the growth of a fresh process's peak over what it held with its inputs
+made, so it includes what operations need inside."""
 
 import argparse
 import json
@@ -55,10 +58,12 @@ def live(name):
 
 
 def resident(name):
-    "Bytes by which a fresh process's resident memory grows beyond its inputs, at full size, and seconds."
+    """Bytes by which a fresh process's resident memory grows beyond its inputs, at full size, and
+    seconds."""
     code = (
         "import json, resource, time; from tests.bench import bench_policy as b; args = b.inputs(); "
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; before, t = peak(), time.perf_counter(); "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; "
+        "before, t = peak(), time.perf_counter(); "
         f"b.gradients(b.WAYS[{name!r}], *args); print(json.dumps([peak() - before, time.perf_counter() - t]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -100,7 +105,8 @@ def full():
 
 
 def small(rounds=30):
-    "Where one chunk holds everything: 4,096 tokens of a 16-word vocabulary, both sides in turns, best of the rounds."
+    """Where one chunk holds everything: 4,096 tokens of a 16-word vocabulary, both sides in turns,
+    best of the rounds."""
     args, best = inputs(v=16, h=64), dict.fromkeys(WAYS, float("inf"))
     for _ in range(rounds):
         for name, f in WAYS.items():

@@ -1,10 +1,11 @@
-"""What recording and replaying cost: seconds of forward + backward at 8k tokens, bytes, and recording while decoding.
+"""What recording and replaying cost: seconds of forward + backward at 8k tokens, bytes, and
+recording while decoding.
 
     OMP_NUM_THREADS=1 python tests/bench/bench_routing.py
 
-Processor time of this process, live and replayed in turns; the ratio is the median over rounds of the ratio within a round, with the
-range of its middle half, so that a neighbour on the machine does not decide. Bytes: a count of the live storages at their peak.
-"""
+Processor time of this process, live and replayed in turns; the ratio is the median over rounds of
+the ratio within a round, with the range of its middle half, so that a neighbour on the machine does
+not decide. Bytes: a count of the live storages at their peak."""
 
 import argparse
 import statistics
@@ -112,7 +113,8 @@ def peak(f, *args):
 
 
 def routers_alone(model, routes, valid, rounds):
-    """Seconds that replay adds inside the routers of one step: with the rest of the model away, the neighbours matter less."""
+    """Seconds that replay adds inside the routers of one step: with the rest of the model away, the
+    neighbours matter less."""
     gates = [r.module for r in routers(model).values()]
     x = torch.randn(valid.numel(), model.config.hidden_size, requires_grad=True)
 
@@ -160,17 +162,20 @@ def main():
                 times[k].append(seconds(step, model, x, *case))
         live = statistics.median(times["live"])
         print(
-            f"\n{name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters)\n  live            {live:.3f} s"
+            f"\n{name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters)\n"
+            f"  live            {live:.3f} s"
         )
         for k in cases:
             ratios = sorted(a / b - 1 for a, b in zip(times[k], times["live"]))
             n = len(ratios)
             print(
-                f"  {k:15s} {100 * statistics.median(ratios):+.1f}% ({100 * ratios[n // 4]:+.1f} to {100 * ratios[n - 1 - n // 4]:+.1f})"
+                f"  {k:15s} {100 * statistics.median(ratios):+.1f}% "
+                f"({100 * ratios[n // 4]:+.1f} to {100 * ratios[n - 1 - n // 4]:+.1f})"
             )
         alone = routers_alone(model, own, valid, rounds * 4)
         print(
-            f"  routers alone   {100 * alone / live:+.2f}% (their forward and backward, replayed less live, least of many)"
+            f"  routers alone   {100 * alone / live:+.2f}% "
+            "(their forward and backward, replayed less live, least of many)"
         )
         checks = statistics.median(seconds(replay, model, own, valid) for _ in range(5))
         print(f"  of which checks {100 * checks / live:+.2f}%")

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_verification import HOSTILE, ordinary
+from test_verification import BY_VALUE, HOSTILE, ordinary
 
 from minirl_nb.verification import Pool
 
@@ -57,7 +57,7 @@ def main():
     rate("groups of 16 answers", grouped)
     mixed = ordinary(500, seed=2)
     for i in range(0, 500, 50):
-        mixed[i] = ("math", "1", HOSTILE[0])
+        mixed[i] = ("math", "1", HOSTILE[0], BY_VALUE)
     t, before = time.perf_counter(), pool.restarts
     verdicts = pool.check(mixed)
     assert not any(verdicts[::50])
