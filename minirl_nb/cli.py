@@ -65,7 +65,7 @@ class EvaluateConfig:
     seed: int = 0
     """Of the sampled responses."""
 
-# %% ../nbs/17_cli.ipynb #cac2d166
+# %% ../nbs/17_cli.ipynb #5d6f2bb1
 @functools.cache
 def _plan_config() -> type[Any]:
     from minirl_nb import plan
@@ -103,6 +103,18 @@ def _coldstart_config() -> type[Any]:
     from minirl_nb.coldstart import ColdStartConfig
 
     return ColdStartConfig
+
+
+def _fetch_config() -> type[Any]:
+    from minirl_nb.pretrained import FetchConfig
+
+    return FetchConfig
+
+
+def _upcycle_config() -> type[Any]:
+    from minirl_nb.upcycle import UpcycleConfig
+
+    return UpcycleConfig
 
 
 def _problems_config() -> type[Any]:
@@ -160,7 +172,7 @@ def _evaluate(positional: list[str], options: list[str]) -> None:
     )
     print(result.table())
 
-# %% ../nbs/17_cli.ipynb #11ad96db
+# %% ../nbs/17_cli.ipynb #7f2cf98e
 def _coldstart(positional: list[str], options: list[str]) -> None:
     from minirl_nb import coldstart
     from minirl_nb.run import tune_allocator
@@ -218,6 +230,28 @@ def _export(positional: list[str], options: list[str]) -> None:
     folder = checkpoint.export(config.source, config.folder, dtype=config.dtype)
     print(f"exported: {folder}")
 
+# %% ../nbs/17_cli.ipynb #11223437
+def _fetch(positional: list[str], options: list[str]) -> None:
+    from minirl_nb import pretrained
+
+    config = parse_config(pretrained.FetchConfig(*positional), options, "command line")
+    if not config.source:
+        known = ", ".join(pretrained.SOURCES)
+        raise ValueError(f"command line: fetch wants the name of a model; there are {known}")
+    folder = pretrained.fetch(
+        config.source, config.folder, config.origin, config.wheel, config.dtype
+    )
+    print(f"model: {folder}")
+
+
+def _upcycle(positional: list[str], options: list[str]) -> None:
+    from minirl_nb import upcycle
+
+    if len(positional) < 2:
+        raise ValueError("command line: upcycle wants a dense model and a folder to write")
+    config = parse_config(upcycle.UpcycleConfig(*positional), options, "command line")
+    print(f"model: {upcycle.write_upcycled(config)}")
+
 
 def _recipes(positional: list[str], options: list[str]) -> None:
     for name, path in recipes().items():
@@ -234,7 +268,7 @@ class Command:
     says: str
     config: Callable[[], type[Any]] | None = None
 
-# %% ../nbs/17_cli.ipynb #f03d1bc6
+# %% ../nbs/17_cli.ipynb #627160bc
 COMMANDS = {
     "train": Command(
         _train,
@@ -270,6 +304,18 @@ COMMANDS = {
         ("SOURCE", "FOLDER"),
         "a Hugging Face folder from a run or from one of its checkpoints",
         lambda: ExportConfig,
+    ),
+    "fetch": Command(
+        _fetch,
+        ("SOURCE", "[FOLDER]"),
+        "a small pretrained model as a Hugging Face folder",
+        _fetch_config,
+    ),
+    "upcycle": Command(
+        _upcycle,
+        ("SOURCE", "FOLDER"),
+        "a mixture of experts from a dense model",
+        _upcycle_config,
     ),
     "recipes": Command(_recipes, (), "the recipes that ship with the package"),
 }

@@ -77,7 +77,7 @@ def teach(problem: Problem, teacher: str, corruption: float, rng: random.Random)
         for c in f"{chain}={problem.answer}."
     )
 
-# %% ../nbs/12_coldstart.ipynb #375019a0
+# %% ../nbs/12_coldstart.ipynb #eaafc6a2
 @dataclass
 class ColdStartConfig:
     "Settings of a supervised cold start (`train`)."
@@ -90,7 +90,8 @@ class ColdStartConfig:
     task: str = "arithmetic"
     """Task whose training problems the teacher solves; its tokenizer goes with a new model."""
     traces: str | None = None
-    """JSONL file with `prompt` and `response` in each line, in place of a built-in teacher."""
+    """JSONL file with `prompt` and `response` in each line, and `system` for a chat's system turn,
+    in place of a built-in teacher."""
     teacher: str = "columns"
     """Built-in teacher of the arithmetic task, by how it splits a product: columns, rows, running,
     or mixed (all three)."""
@@ -186,7 +187,7 @@ def _teacher_traces(config: ColdStartConfig, tokenizer) -> list[Trace]:
         for p, prompt in zip(task.problems, prompts)
     ]
 
-# %% ../nbs/12_coldstart.ipynb #8ee76983
+# %% ../nbs/12_coldstart.ipynb #7d03648f
 def _file_traces(path: str, tokenizer) -> list[Trace]:
     traces, eos, pad = [], tokenizer.eos_token_id, tokenizer.pad_token_id
     for where, row in rows(path):
@@ -196,7 +197,7 @@ def _file_traces(path: str, tokenizer) -> list[Trace]:
                     f"{where}: {name!r} must be a text that is not empty, not {row.get(name)!r:.80}"
                 )
         trace = Trace(
-            encode_prompt(tokenizer, row["prompt"]),
+            encode_prompt(tokenizer, row["prompt"], system=row.get("system")),
             list(tokenizer(row["response"], add_special_tokens=False)["input_ids"]),
         )
         if pad != eos and pad in trace.prompt + trace.response:

@@ -20,8 +20,8 @@ rounded numbers.
 # %% auto #0
 __all__ = ['VLLM_SCHEMES', 'SCHEMES', 'ROUTERS', 'CARRIERS', 'Scheme', 'scheme', 'RoundingUnit',
            'expert_units', 'is_experts', 'targets', 'attentions', 'emulate', 'emulation', 'restore',
-           'load_', 'emulated', 'WeightKind', 'dequantize', 'quantize', 'round_activation',
-           'round_e4m3', 'round_weight_', 'token_scale', 'weight_scale']
+           'paused', 'load_', 'emulated', 'WeightKind', 'dequantize', 'quantize',
+           'round_activation', 'round_e4m3', 'round_weight_', 'token_scale', 'weight_scale']
 
 # %% ../nbs/08_fp8.ipynb #dd549117
 import inspect
@@ -403,7 +403,7 @@ def _round_caches(attentions):
         m._fp8 = None
         m.__class__ = _rounded_class(type(m), _RoundedAttention)
 
-# %% ../nbs/08_fp8.ipynb #69619049
+# %% ../nbs/08_fp8.ipynb #49a47142
 def emulation(model: nn.Module) -> Scheme | None:
     "The scheme of an emulated model, None for a plain one."
     found = getattr(model, "_fp8_emulation", None)
@@ -421,6 +421,23 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+@contextmanager
+def paused(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside `with paused(model):` an emulated model keeps its rounded weights and does not round
+    activations; a plain model is left as it is.
+
+    What it computes is then smooth: a change in the last bit of a sum stays one."""
+    modules = model._fp8_emulation.modules if emulation(model) is not None else []
+    rounded = [type(m) for m in modules]
+    for m in modules:
+        m.__class__ = type(m).__bases__[1]
+    try:
+        yield model
+    finally:
+        for m, cls in zip(modules, rounded):
+            m.__class__ = cls
+
+# %% ../nbs/08_fp8.ipynb #5349832d
 @torch.no_grad()
 def load_(
     model: nn.Module,

@@ -77,7 +77,7 @@ def flips(run: Run, step: Step, i: int) -> dict[str, float]:
         out[f"{name}/jaccard"] = float((jaccard / n).mean())
     return out
 
-# %% ../nbs/14h_measure.ipynb #8dd4bd21
+# %% ../nbs/14h_measure.ipynb #d14c4b7b
 def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None) -> None:
     "One line of metrics.jsonl for each gradient step of a rollout step."
     n, r, seconds = len(rows), step.rollout, _seconds_by_phase(step)
@@ -107,7 +107,7 @@ def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None
                 "cut": float((~finished).double().mean()),
                 "equal_groups": float(equal_groups(reward, group).double().mean()),
                 **row,
-                **({"parity/k3": found.k3, "parity/q90": found.q90} if found else {}),
+                **(found.stats() if found else {}),
                 **{f"seconds/{k}": v for k, v in seconds.items()},
                 "seconds/step": sum(step.seconds.values()) / n,
                 **_rates([tokens for tokens, _ in given], seconds),

@@ -17,7 +17,7 @@ __all__ = ['sample', 'recompute', 'update', 'learning_rate', 'transfer', 'probe'
            'newest_checkpoint', 'objective_of', 'parse_config', 'plot_run', 'pretrained',
            'prompts_of', 'recipes', 'replay_of', 'seed_of', 'tune_allocator']
 
-# %% ../nbs/15_train.ipynb #037feced
+# %% ../nbs/15_train.ipynb #9319f353
 import contextlib
 import json
 from collections.abc import Callable
@@ -50,6 +50,7 @@ from .validity import validity
 from .measure import evaluate_run, flips, live_routes, log, monitored_rows
 from .parallel import launched
 from .report import RunResult, observers_of, plot_run, write_samples
+from .parity import widened
 from .rollout import Parity, Sampling, parity
 from .run import Run, Step, TrainingError, seed_of, timed, tune_allocator
 from .world import World, pretrained
@@ -291,7 +292,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         step, lr=config.lr, steps=steps, warmup=config.warmup, schedule=config.schedule
     )
 
-# %% ../nbs/15_train.ipynb #6358903a
+# %% ../nbs/15_train.ipynb #dca0e786
 def transfer(run: Run, seconds: dict[str, float]) -> Parity | None:
     "The trainer's weights to the engine, and the parity probe."
     with timed(seconds, "transfer"):
@@ -310,9 +311,8 @@ def probe(run: Run) -> Parity | None:
     sampling = Sampling(2, rollout.temperature, length, run.config.seed)
     weights = run.world.weights(run.model)
     found = parity(run.engine, run.model, prompts, sampling, run.parity_band, weights)
-    found = max(run.world.gather(found), key=lambda p: p.k3)  # every rank probes its own engine
-    if run.parity_band is None:
-        run.parity_band = max(30 * found.k3, 0.3)
+    found = max(run.world.gather(found), key=lambda p: p.q90)  # every rank probes its own engine
+    run.parity_band = widened(run.parity_band, found)
     return found
 
 # %% ../nbs/15_train.ipynb #377dc7bc

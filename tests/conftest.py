@@ -52,6 +52,7 @@ NUMERICS = {
     "test_validity.py": "the meters of the approximation",
     "test_rollout.py": "sampling, and probes of an engine",
     "test_precision.py": "sampling of rounded engines",
+    "test_parity_depth.py": "probes of an engine of 30 layers",
     "test_coldstart.py": "losses of a short training",
     "test_train.py": "short runs of the loop",
 }

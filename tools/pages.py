@@ -63,12 +63,16 @@ NO_NUMERICS = {
     "09_verification": "text and exact verdicts",
     "09a_arithmetic": "text and exact verdicts",
     "09ab_problem_files": "text and files",
+    "09ac_sums": "text and files",
     "09b_tasks": "text and files",
     "09c_benchmarks": "text and files",
     "09d_selection": "text and files",
     "09e_verdicts": "text and files",
+    "12b_pretrained": "files and messages",
+    "12d_replay_at_depth": "recorded numbers",
     "14_config": "messages",
     "14b_checks": "messages",
+    "24_real_model": "recorded numbers",
     "index": "no code",
 }
 
