@@ -21,7 +21,7 @@ __all__ = ['FORMATS', 'WEIGHT_KINDS', 'ACTIVATION_KINDS', 'BlockFormat', 'power_
 # %% ../nbs/08_formats.ipynb #ad760f9f
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -123,7 +123,8 @@ def _round_rows(x: Tensor, form: BlockFormat, whole: Tensor | None = None) -> Te
     return numbers.mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 # %% ../nbs/08_formats.ipynb #6afb0f31
-WEIGHT_KINDS = (*e4m3.WeightKind.__args__, *FORMATS)
+_E4M3_KINDS = get_args(e4m3.WeightKind)
+WEIGHT_KINDS = (*_E4M3_KINDS, *FORMATS)
 ACTIVATION_KINDS = ("token", "group", *FORMATS)
 
 
@@ -156,7 +157,7 @@ def round_weight_(w: Tensor, kind: str) -> Tensor:
 
     Leading dimensions are experts. ValueError: kind, or `w` is not finite.
     """
-    if _known(kind, WEIGHT_KINDS) in e4m3.WeightKind.__args__:
+    if _known(kind, WEIGHT_KINDS) in _E4M3_KINDS:
         return e4m3.round_weight_(w, kind)
     form = FORMATS[kind]
     matrices = w.view(-1, *w.shape[-2:])

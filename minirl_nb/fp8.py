@@ -70,7 +70,7 @@ class Scheme:
     @property
     def bits(self) -> float | None:
         "Bits a weight, scales of blocks included; None where weights are not rounded."
-        return self.weight and weight_bits(self.weight)
+        return None if self.weight is None else weight_bits(self.weight)
 
 
 VLLM_SCHEMES = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")  # vLLM's own names
