@@ -1,12 +1,19 @@
 """The pretrained model that some tests need: models/smollm2, fetched once, or a clear skip."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+# A Mixtral's tokenizer makes transformers import mistral_common, which imports OpenCV, which sets
+# LD_LIBRARY_PATH: now, before a test looks at what it leaves behind
+with suppress(ImportError):
+    importlib.import_module("cv2")
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "models" / "smollm2"
