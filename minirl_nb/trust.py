@@ -105,7 +105,8 @@ class TrustRegion:
         for name, kind in choices.items():
             value = getattr(self, name)
             if value not in get_args(kind):
-                raise ValueError(f"clip {name} {value!r} must be one of {', '.join(get_args(kind))}")
+                allowed = ", ".join(get_args(kind))
+                raise ValueError(f"clip {name} {value!r} must be one of {allowed}")
         if self.over == "prefix" and self.measure not in _DIRECTED:
             raise ValueError(f"clip over 'prefix' takes ratio or log_ratio, not {self.measure!r}")
         if self.growth and (self.over, self.measure) != ("prefix", "log_ratio"):
