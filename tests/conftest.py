@@ -94,7 +94,6 @@ def _record():
 
 
 # ------------------------------------------------------------------------- nothing is left behind
-_older = frozenset()  # orphans in memory that were there before
 _own_folder = None  # the temporary folder of a run with workers, in the process that leads it
 _session = None
 
@@ -105,9 +104,8 @@ def _leads_workers(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    global _own_folder, _older
+    global _own_folder
     if _leads_workers(config):
-        _older = leftovers.orphans()
         # a short name: sockets lie in it, and their paths end at 107 characters
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None
         _own_folder = tempfile.mkdtemp(prefix="minirl-", dir=short)
@@ -127,7 +125,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if _own_folder is None:
         return
     own = [p for p in os.listdir(_own_folder) if p.startswith("pytest-of-")]
-    said = leftovers.tidy(_own_folder, but=own, older=_older)
+    said = leftovers.tidy(_own_folder, but=own)
     for name in own:
         shutil.rmtree(Path(_own_folder) / name, ignore_errors=True)
     if not said:

@@ -29,18 +29,6 @@ def test_a_process_that_ends_in_time_and_an_empty_folder_are_nothing(tmp_path):
     process.wait(10)
 
 
-def test_a_folder_in_memory_whose_process_has_gone_is_named(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    memory, folder = tmp_path / "memory", tmp_path / "folder"
-    folder.mkdir()
-    for name in (f"engine-{gone.pid}-a", f"engine-{os.getpid()}-b", f"vllm-{gone.pid}-c"):
-        (memory / f"minirl-{name}").mkdir(parents=True)
-    older = {f"minirl-vllm-{gone.pid}-c"}
-    said = leftovers.tidy(folder, patience=0, older=older, memory=memory)
-    assert said == [f"in memory ({memory}): minirl-engine-{gone.pid}-a"]
-
-
 def run_with_a_worker(folder, body):
     "Exit status and last line of a run with this conftest of one test in `folder`."
     (folder / "test_it.py").write_text(

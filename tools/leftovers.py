@@ -1,18 +1,15 @@
 """What a test run leaves behind: files in its own temporary folder, and processes that outlive it.
 
 A run gets a folder of its own as TMPDIR. Every process that it starts inherits the variable, also
-through torchrun and after its parent has gone, and is found by it. Folders in memory (/dev/shm) are
-named after the process that made them: one whose process has gone was left behind.
+through torchrun and after its parent has gone, and is found by it.
 """
 
 import os
-import re
 import time
 from pathlib import Path
 
 import psutil
 
-MEMORY = Path("/dev/shm")
 PATIENCE = 10  # seconds that a process may take to end after its parent
 
 
@@ -44,17 +41,8 @@ def files(folder, but=()):
     return sorted(p.name for p in Path(folder).iterdir() if p.name not in but)
 
 
-def orphans(memory=MEMORY):
-    """Names of folders in memory (minirl-<kind>-<process>-<...>) whose process has gone."""
-    if not memory.is_dir():
-        return set()
-    found = {p.name: re.match(r"minirl-[a-z]+-(\d+)-", p.name) for p in memory.iterdir()}
-    return {name for name, m in found.items() if m and not psutil.pid_exists(int(m[1]))}
-
-
-def tidy(folder, but=(), patience=PATIENCE, older=frozenset(), memory=MEMORY):
-    """Sentences about what was left behind in `folder`, in memory (without `older`, the names of
-    orphans from before) and by processes of the run, which are ended."""
+def tidy(folder, but=(), patience=PATIENCE):
+    """Sentences about what was left behind in `folder` and by its processes, which are ended."""
     end = time.time() + patience
     while (alive := processes(folder)) and time.time() < end:
         time.sleep(0.2)
@@ -68,6 +56,4 @@ def tidy(folder, but=(), patience=PATIENCE, older=frozenset(), memory=MEMORY):
     if names:
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
         said.append(f"in the temporary folder: {', '.join(names[:12])}{more}")
-    if names := sorted(orphans(memory) - older):
-        said.append(f"in memory ({memory}): {', '.join(names)}")
     return said

@@ -423,7 +423,6 @@ class _Running:
     folder: Path
     process: subprocess.Popen
     started: float
-    older: set[str]  # orphans in memory that were there before
 
     @classmethod
     def start(cls, path, work):
@@ -432,7 +431,7 @@ class _Running:
         words = [sys.executable, __file__, "_execute", str(path), str(result)]
         with open(result.with_suffix(".out"), "w") as log:
             process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
-        return cls(path, result, folder, process, time.time(), leftovers.orphans())
+        return cls(path, result, folder, process, time.time())
 
     def ended(self):
         return self.process.poll() is not None or self.seconds() > PAGE_TIMEOUT
@@ -454,8 +453,7 @@ class _Running:
         else:
             stored, fresh = (json.loads(p.read_text()) for p in (self.path, self.result))
             found += compare(stored, fresh)
-        left = leftovers.tidy(self.folder, older=self.older)
-        found += [f"left behind, {said}" for said in left]
+        found += [f"left behind, {said}" for said in leftovers.tidy(self.folder)]
         shutil.rmtree(self.folder, ignore_errors=True)
         return found
 
