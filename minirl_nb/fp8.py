@@ -23,7 +23,7 @@ __all__ = ['VLLM_SCHEMES', 'SCHEMES', 'ROUTERS', 'CARRIERS', 'Scheme', 'scheme',
            'paused', 'load_', 'emulated', 'WeightKind', 'dequantize', 'quantize',
            'round_activation', 'round_e4m3', 'round_weight_', 'token_scale', 'weight_scale']
 
-# %% ../nbs/08_fp8.ipynb #dd549117
+# %% ../nbs/08_fp8.ipynb #a7fb3af2
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,13 +36,13 @@ from torch import Tensor, nn
 
 from .e4m3 import WeightKind, dequantize, quantize  # noqa: F401
 from .e4m3 import round_e4m3, token_scale, weight_scale  # noqa: F401
-from .formats import ACTIVATION_KINDS, WEIGHT_KINDS, has_shared_scales
+from .formats import ACTIVATION_KINDS, FORMATS, WEIGHT_KINDS, has_shared_scales
 from .formats import round_activation, round_cache, round_weight_, weight_bits
 
 _all_ = ["WeightKind", "dequantize", "quantize", "round_activation", "round_e4m3"]
 _all_ += ["round_weight_", "token_scale", "weight_scale"]
 
-# %% ../nbs/08_fp8.ipynb #ef41906e
+# %% ../nbs/08_fp8.ipynb #67e66a13
 @dataclass(frozen=True)
 class Scheme:
     """Which numbers and scales a rounded model has. ValueError: an unknown kind.
@@ -74,14 +74,12 @@ class Scheme:
 
 
 VLLM_SCHEMES = ("fp8_per_tensor", "fp8_per_channel", "fp8_per_block")  # vLLM's own names
-_FORMATS = ("mxfp8", "mxfp8_ceil", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2")
-_FORMATS += ("mxfp4", "mxfp4_even", "nvfp4")
 SCHEMES = {
     "fp8_per_tensor": Scheme("tensor", "token"),
     "fp8_per_channel": Scheme("channel", "token"),
     "fp8_per_block": Scheme("block", "group"),
     "fp8_e5m2": Scheme("e5m2", "e5m2"),
-    **{name: Scheme(name, name) for name in _FORMATS},
+    **{name: Scheme(name, name) for name in FORMATS if name != "e5m2"},
     "mxfp4_weights": Scheme("mxfp4", None),
     "nvfp4_weights": Scheme("nvfp4", None),
     "fp8_cache": Scheme(None, None, cache=True),

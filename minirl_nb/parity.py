@@ -13,14 +13,14 @@ no message appears.
 
 # %% auto #0
 __all__ = ['Engine', 'ParityError', 'Parity', 'widened', 'experts_named', 'compare_weights',
-           'self_noise', 'parity']
+           'teacher_forced', 'self_noise', 'parity']
 
-# %% ../nbs/10_parity.ipynb #ef60ed0b
+# %% ../nbs/10_parity.ipynb #9cee97e1
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -164,7 +164,7 @@ def _compare_weights(engine, weights) -> None:
     elif getattr(engine, "model", None) is not None:
         compare_weights(engine, weights)
 
-# %% ../nbs/10_parity.ipynb #c2a72921
+# %% ../nbs/10_parity.ipynb #4ff3a410
 class _With(nn.Module):
     "`compute(model)` as a module, so that it can be called with other parameters."
 
@@ -183,12 +183,19 @@ def _with_weights_of(engine_model: nn.Module, model: nn.Module, compute):
     return functional_call(_With(model, compute), weights, ())
 
 
-def _score(model: nn.Module, rollout: Rollout, temperature: float) -> Tensor:
-    "[B, T] teacher-forced log-probabilities; the rollout's routes are replayed if it has any."
-    replaying = nullcontext()
-    if rollout.routes is not None:
-        replaying = routing.replay(model, rollout.routes, rollout.routes_valid)
-    with torch.no_grad(), replaying:
+def _replaying(model: nn.Module, rollout: Rollout) -> AbstractContextManager:
+    "Within it the model takes the rollout's routes, if it has any."
+    if rollout.routes is None:
+        return nullcontext()
+    return routing.replay(model, rollout.routes, rollout.routes_valid)
+
+
+def teacher_forced(
+    model: nn.Module, rollout: Rollout, temperature: float
+) -> Tensor:  # [B, T] in nats, on the CPU
+    """Log-probabilities of the sampled tokens. The rollout's routes are replayed if it has any: for
+    live experts give it without (`replace(rollout, routes=None)`)."""
+    with torch.no_grad(), _replaying(model, rollout):
         return token_logprobs(
             model, rollout.tokens, rollout.response_mask, temperature=temperature, entropy=False
         )[0].cpu()
@@ -198,10 +205,7 @@ def _states(rollout: Rollout):
     "A function of a model: its hidden states [layers + 1] on the rollout, routes replayed."
 
     def compute(model):
-        replaying = nullcontext()
-        if rollout.routes is not None:
-            replaying = routing.replay(model, rollout.routes, rollout.routes_valid)
-        with torch.no_grad(), replaying:
+        with torch.no_grad(), _replaying(model, rollout):
             out = model(rollout.tokens.to(model.device), output_hidden_states=True)
         return [h.cpu() for h in out.hidden_states]
 
@@ -220,11 +224,11 @@ def _where_they_part(engine_model: nn.Module, model: nn.Module, rollout: Rollout
             return "the embedding" if layer == 0 else f"layer {layer - 1}"
     return "the output head"
 
-# %% ../nbs/10_parity.ipynb #46db4f29
+# %% ../nbs/10_parity.ipynb #87292943
 def _compare_exactly(engine, model: nn.Module, rollout: Rollout, temperature: float) -> None:
     "Questions 2 and 3 on a rollout that was sampled without rounded activations."
     mask, tolerance = rollout.response_mask, _ROUNDING[engine.model.dtype]
-    own = _score(engine.model, rollout, temperature)
+    own = teacher_forced(engine.model, rollout, temperature)
     median, q90, _ = _quantiles((own - rollout.logp_mu)[mask])
     if not q90 <= tolerance:
         raise ParityError(
@@ -235,7 +239,9 @@ def _compare_exactly(engine, model: nn.Module, rollout: Rollout, temperature: fl
     # a sharded model runs on all ranks or on none, and this may be the only one that is off
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         return
-    other = _with_weights_of(engine.model, model, lambda m: _score(m, rollout, temperature))
+    other = _with_weights_of(
+        engine.model, model, lambda trainer: teacher_forced(trainer, rollout, temperature)
+    )
     _, q90, _ = _quantiles((own - other)[mask])
     if not q90 <= tolerance:
         raise ParityError(
@@ -266,7 +272,7 @@ def self_noise(
         "alone": (alone - together)[mask],
     }
 
-# %% ../nbs/10_parity.ipynb #5ecfe95e
+# %% ../nbs/10_parity.ipynb #5546ab3b
 _PROBE = Sampling(n=2, max_new_tokens=32)
 
 
@@ -299,12 +305,11 @@ def parity(
     r = engine.generate(prompts, sampling)
     mask = r.response_mask
     temperature = sampling.temperature or 1.0
-    with torch.no_grad():
-        logp, _ = token_logprobs(model, r.tokens, mask, temperature=temperature, entropy=False)
+    logp = teacher_forced(model, replace(r, routes=None), temperature)
     floor = None
     if getattr(engine, "model", None) is not None:
         floor = _compare_readable(engine, model, prompts, sampling, r, temperature)
-    log_ratio = logp.cpu() - r.logp_mu
+    log_ratio = logp - r.logp_mu
     stats = ratio_stats(log_ratio, mask)
     found = Parity(int(mask.sum()), *_quantiles(log_ratio[mask]), stats["k1"], stats["k3"], floor)
     if band is not None and not found.q90 <= band:

@@ -22,13 +22,13 @@ then turns to a dispute: may a trainer in BF16 learn from rollouts in FP8?
 __all__ = ['Measured', 'measure', 'token_numbers', 'by_length', 'interval', 'PrecisionConfig',
            'lengths_up_to', 'run', 'table', 'main', 'load_records']
 
-# %% ../nbs/13c_precision.ipynb #cbe6a88f
+# %% ../nbs/13c_precision.ipynb #5101c05b
 import json
 import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,13 +38,13 @@ from torch import Tensor, nn
 from . import fp8, tasks
 from .batch import Rollout
 from .evaluate import student_quantile
+from .parity import teacher_forced
 from .parsing import parse_config
-from .policy import token_logprobs
 from .rollout import Sampling, TorchEngine
-from .routing import compare, record, replay, routers
+from .routing import compare, record, routers
 from .weights import log_ratio, ratio_stats
 
-# %% ../nbs/13c_precision.ipynb #41100a70
+# %% ../nbs/13c_precision.ipynb #d98ce2ee
 @dataclass
 class Measured:
     """Log-ratios of one engine's tokens, [B, T] in nats, zero off the mask.
@@ -61,13 +61,6 @@ class Measured:
     response_mask: Tensor
 
 
-def _scores(model: nn.Module, rollout: Rollout, temperature: float) -> Tensor:
-    logp, _ = token_logprobs(
-        model, rollout.tokens, rollout.response_mask, temperature=temperature, entropy=False
-    )
-    return logp
-
-
 @torch.no_grad()
 def _scored(model: nn.Module, engine: TorchEngine, r: Rollout, temperature: float) -> Measured:
     "Some rows of a rollout."
@@ -77,14 +70,13 @@ def _scored(model: nn.Module, engine: TorchEngine, r: Rollout, temperature: floa
 
     unified = against_mu(engine.score(r, temperature))
     if r.routes is None:
-        live = against_mu(_scores(model, r, temperature))
+        live = against_mu(teacher_forced(model, r, temperature))
         return Measured(live, None, unified, math.nan, r.response_mask)
     with record(model) as recorder:
-        live = against_mu(_scores(model, r, temperature))
+        live = against_mu(teacher_forced(model, replace(r, routes=None), temperature))
         routes = recorder.pop(len(r))
     flips = compare(routes, r.routes, r.routes_valid).stats()["flip"]
-    with replay(model, r.routes, r.routes_valid):
-        replayed = against_mu(_scores(model, r, temperature))
+    replayed = against_mu(teacher_forced(model, r, temperature))
     return Measured(live, replayed, unified, flips, r.response_mask)
 
 # %% ../nbs/13c_precision.ipynb #541baa4b

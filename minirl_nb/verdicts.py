@@ -12,7 +12,7 @@ from a file and shows, for each, the gold answer, what was taken for the answer,
 # %% auto #0
 __all__ = ['read_responses', 'Verdict', 'extracted', 'verdicts', 'verdict_table']
 
-# %% ../nbs/09e_verdicts.ipynb #a77bb12c
+# %% ../nbs/09e_verdicts.ipynb #aff0dcec
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,11 +21,11 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from .answers import Problem, answer_text, final_answer
-from .problem_files import FILES, data_path
+from .problem_files import FILES, existing_file
 from .tasks import Task
 from .verification import MathVerifier
 
-# %% ../nbs/09e_verdicts.ipynb #d0c37a52
+# %% ../nbs/09e_verdicts.ipynb #70e98328
 def read_responses(source: str | Path, problems: Sequence[Problem]) -> list[tuple[Problem, str]]:
     """(problem, response) of each response in a file of rows with `response` and, optionally, `id`;
     `FILE?response=COLUMN&id=COLUMN` names other columns.
@@ -36,9 +36,7 @@ def read_responses(source: str | Path, problems: Sequence[Problem]) -> list[tupl
     wrong = [key for key in options if key not in ("response", "id")]
     if wrong:
         raise ValueError(f"{source}: unknown option {wrong[0]!r}; the options are response, id")
-    path = Path(data_path(body))
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    path = existing_file(body)
     if path.suffix.lower() not in FILES:
         raise ValueError(f"{path}: responses are read from files ({', '.join(FILES)})")
     rows = list(FILES[path.suffix.lower()](path))

@@ -20,17 +20,18 @@ KINDS = ["tensor", "channel", "block"]
 
 
 # ------------------------------------------------------------------------------------------- models
+GROUPED = dict(  # DeepSeek's kind of mixture
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=16,
+    first_k_dense_replace=0,
+)
 FAMILIES = small_models.FAMILIES | {
     "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2),
     "flex_olmo": dict(num_experts=4, num_experts_per_tok=2),
-    "glm4_moe": dict(
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=16,
-        first_k_dense_replace=0,
-    ),
+    "glm4_moe": GROUPED,
     "phimoe": dict(num_local_experts=4),
     "llama": {},
     "qwen3": {},
@@ -422,12 +423,7 @@ def test_a_cache_that_cannot_be_rounded_is_refused():
         fp8.emulate(
             build(
                 "deepseek_v3",
-                n_routed_experts=4,
-                num_experts_per_tok=2,
-                n_group=1,
-                topk_group=1,
-                moe_intermediate_size=16,
-                first_k_dense_replace=0,
+                **GROUPED,
                 q_lora_rank=16,
                 kv_lora_rank=16,
                 qk_rope_head_dim=8,

@@ -34,24 +34,26 @@ def check_teacher_forced(model, r, temperature=1.0):
     assert teacher_forced_gap(model, r, temperature).max() < ROUNDING
 
 
+SIZES = dict(
+    vocab_size=16,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    eos_token_id=15,
+    bos_token_id=None,
+)
+
+
 def tiny_dense(family, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = dict(
-        vocab_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=15,
-        bos_token_id=None,
-    )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | changes)))
+    sizes = SIZES | {"head_dim": 8} | changes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.2)
@@ -77,19 +79,7 @@ def test_batching_refilling_and_prefill_size_change_nothing(max_batch, prefill, 
 def test_other_families_and_temperatures_agree_with_the_trainer(family, temperature):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = dict(
-        vocab_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=15,
-        bos_token_id=None,
-        initializer_range=0.2,
-    )
+    sizes = SIZES | {"initializer_range": 0.2}
     if family != "llama":
         sizes |= {
             "num_experts": 8,

@@ -97,7 +97,7 @@ def _process_group_missing() -> ValueError:
         "group: call init_process_group before the engine is made"
     )
 
-# %% ../../nbs/11h_vllm_engine.ipynb #6a90bc0b
+# %% ../../nbs/11h_vllm_engine.ipynb #177f434b
 _TORCHRUN = (
     "RANK",
     "WORLD_SIZE",
@@ -106,10 +106,13 @@ _TORCHRUN = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-# engines that are open, and those of them whose model lives in this process
-_OPEN: "weakref.WeakSet[VLLMEngine]" = weakref.WeakSet()
-_HERE: "weakref.WeakSet[VLLMEngine]" = weakref.WeakSet()
+_OPEN: "weakref.WeakSet[VLLMEngine]" = weakref.WeakSet()  # engines that are not closed
 _VARIABLES = Variables()
+
+
+def _here() -> "list[VLLMEngine]":
+    "Open engines whose model lives in this process."
+    return [engine for engine in _OPEN if engine._inside and engine.llm is not None]
 
 
 def _sentence(error: BaseException, most: int = 300) -> str:
@@ -212,7 +215,7 @@ class VLLMEngine(VLLMBase):
     def _find_place(self, process: bool, options: dict[str, Any]) -> None:
         "Decide where vLLM's model lives: in this process, or in others."
         # a process group may be the trainer's, or one that vLLM made for an earlier engine here
-        ours = all(engine._guest for engine in _HERE)
+        ours = all(engine._guest for engine in _here())
         self._guest = torch.distributed.is_initialized() and ours
         self._world = torch.distributed.get_world_size() if self._guest else 1
         whole = self.tensor_parallel
@@ -255,8 +258,6 @@ class VLLMEngine(VLLMBase):
             raise kind(
                 f"vLLM {self.vllm_version} does not start with {self.transfer.model_name}: {reason}"
             ) from e
-        if self._inside:
-            _HERE.add(self)
 
     def _save_config(self) -> None:
         "The model's config into the engine's folder: all that vLLM reads from a path."
@@ -425,7 +426,6 @@ class VLLMEngine(VLLMBase):
         "Give everything back, processes included. Safe to call twice, and after a failure."
         llm, self.llm = self.llm, None
         _OPEN.discard(self)
-        _HERE.discard(self)
         if llm is not None:
             with contextlib.suppress(Exception), self._vllm():
                 self._shut_down(llm.llm_engine.engine_core)
@@ -434,7 +434,7 @@ class VLLMEngine(VLLMBase):
         if self._folder is not None:
             self._remove_folder()
         self._folder = None
-        if self._inside and not self._guest and not _HERE:
+        if self._inside and not self._guest and not _here():
             destroy_process_group()
         if not _OPEN:
             _VARIABLES.restore()
@@ -443,7 +443,7 @@ class VLLMEngine(VLLMBase):
         """Engines of one process share vLLM's parallel groups, which a shutdown takes away from all
         of them: the
         last engine does it."""
-        if self._inside and _HERE:
+        if self._inside and _here():
             return
         if self._inside and self._guest:
             leave_process_group(core.engine_core)
