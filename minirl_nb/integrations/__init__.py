@@ -1,0 +1,5 @@
+"""The modules of `integrations`.
+
+- `generation`: Other trainers: what replay needs from them (page `18_integrations`)
+- `trl`: TRL: routing replay and MiniRL in `GRPOTrainer` (page `18a_trl`)
+"""
