@@ -2,4 +2,5 @@
 
 - `generation`: Other trainers: what replay needs from them (page `18_integrations`)
 - `trl`: TRL: routing replay and MiniRL in `GRPOTrainer` (page `18a_trl`)
+- `verl`: verl: MiniRL as a policy loss (page `18b_verl`)
 """
