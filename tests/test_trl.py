@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 from small_runs import small
 from trl import GRPOConfig, GRPOTrainer
-from trl_runs import Plain, Watched, odd, trainer
+from trl_runs import Plain, trainer
 
 from minirl_nb import objective, train
 from minirl_nb.batch import Ragged, Rollout
@@ -140,7 +140,7 @@ def test_trl_makes_the_loss_gradient_and_routes_of_the_own_loop(case, moe_folder
     compared = list(own_steps(run, t.seen, 2, steps=2))
     assert len(compared) == len(t.seen) // 2 >= 2
     moved = 0.0
-    for loss, gradients, step, part in compared:
+    for loss, gradients, _, part in compared:
         theirs = sum(float(m["loss"]) for m in part)
         assert loss == pytest.approx(theirs, abs=2e-5)
         assert off(gradients, part[-1]["gradients"]) < 2e-5

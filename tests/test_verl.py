@@ -25,7 +25,9 @@ def arguments(batch, rows=slice(None), **info):
     )
 
 
-@pytest.mark.parametrize("preset", ["minirl", "minirl_length_norm", "minirl_no_is", "cispo", "grpo"])
+@pytest.mark.parametrize(
+    "preset", ["minirl", "minirl_length_norm", "minirl_no_is", "cispo", "grpo"]
+)
 def test_parts_on_two_ranks_add_up_to_the_objective(preset):
     chosen, batch = PRESETS[preset], make(seed=3, B=8, T=9, shift=1.0)
     batch.logp.requires_grad_()
@@ -86,7 +88,9 @@ def test_metrics_before_the_updates():
 @pytest.fixture(scope="module")
 def core():
     return pytest.importorskip(
-        "verl.trainer.ppo.core_algos", reason="verl cannot be imported: make verl", exc_type=ImportError
+        "verl.trainer.ppo.core_algos",
+        reason="verl cannot be imported: make verl",
+        exc_type=ImportError,
     )
 
 
@@ -118,8 +122,13 @@ def test_verls_presets_are_not_eq_7(core):
         def get(self, name, default):
             return getattr(self, name, default)
 
-    config = Config(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.27, clip_ratio_c=1e9,
-                    global_batch_info=dict(global_batch_size=6, dp_size=1))
+    config = Config(
+        clip_ratio=0.2,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.27,
+        clip_ratio_c=1e9,
+        global_batch_info=dict(global_batch_size=6, dp_size=1),
+    )
     given = arguments(batch) | dict(config=config, loss_agg_mode="seq-mean-token-sum")
     decoupled = given | dict(rollout_is_weights=given["rollout_is_weights"].clamp(max=5.0))
     bypass = given | dict(old_log_prob=batch.logp_mu, rollout_is_weights=None)
