@@ -9,9 +9,10 @@ import torch
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def snippet():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    return code
+def snippet(number=0):
+    "The loop of a trainer, and the drop-in for TRL (tests/test_trl.py runs it)."
+    loop, drop_in = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    return (loop, drop_in)[number]
 
 
 def test_the_loop_of_the_front_page_learns_with_r3(tmp_path, monkeypatch):

@@ -12,14 +12,19 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed: pip install minirl_nb[trl]")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
+from datasets import Dataset
 from small_runs import small
+from test_readme import snippet
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
-from trl_runs import Plain, trainer
+from trl_runs import PROMPTS, Plain, odd, trainer
 
 from minirl_nb import objective, train
 from minirl_nb.batch import Ragged, Rollout
 from minirl_nb.integrations import trl as module
-from minirl_nb.integrations.trl import MiniRL, check_version, problem
+from minirl_nb.integrations import trl_checks
+from minirl_nb.integrations.trl import MiniRL
+from minirl_nb.integrations.trl_checks import check_version, problem, routes_problem
 from minirl_nb.rollout import Sampling, TorchEngine
 
 FP8 = partial(TorchEngine, fp8="fp8_per_channel", routes=True)
@@ -383,6 +388,21 @@ def test_the_warning_of_the_meter_is_said_once(moe_folder, tmp_path):
     assert max(r["minirl/validity/local_shift"] for r in logs(t)) > 0.5
 
 
+def test_the_drop_in_of_the_front_page_runs(moe_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = snippet(1)
+    short = (
+        'GRPOConfig("runs/trl", max_steps=1, max_completion_length=8, use_cpu=True, bf16=False, '
+    )
+    given = code.replace('GRPOConfig("runs/trl", ', short)
+    assert given != code
+    model = AutoModelForCausalLM.from_pretrained(moe_folder, dtype=torch.float32)
+    names = dict(model=model, reward=odd, data=Dataset.from_dict({"prompt": PROMPTS}))
+    exec(compile(given, "README.md", "exec"), names)
+    assert names["trainer"].state.global_step == 1
+    assert names["trainer"].replay_mode == "R3"
+
+
 # -------------------------------------------------------------------------------- one sentence
 REFUSED = {
     "router_aux_loss_coef = 0": dict(objective=objective.MINIRL, router_aux_loss_coef=None),
@@ -418,20 +438,20 @@ def test_routes_that_nobody_gives_are_refused():
         use_transformers_continuous_batching=False,
         environment_factories=None,
     )
-    assert "TRL's vLLM drops" in module._routes_problem(t, "R3", False)
-    assert module._routes_problem(t, "R3", True) is None
-    assert module._routes_problem(t, "R2", False) is None
+    assert "TRL's vLLM drops" in routes_problem(t, "R3", False)
+    assert routes_problem(t, "R3", True) is None
+    assert routes_problem(t, "R2", False) is None
     t.model.peft_config = {}
-    assert "reference" in module._routes_problem(t, "R2", False)
+    assert "reference" in routes_problem(t, "R2", False)
     t.use_vllm, args.beta, t.use_transformers_continuous_batching = False, 0.0, True
-    assert "continuous batching" in module._routes_problem(t, "R3", False)
+    assert "continuous batching" in routes_problem(t, "R3", False)
     t.use_transformers_continuous_batching, t.tools = False, [len]
-    assert "turn by turn" in module._routes_problem(t, "R3", False)
+    assert "turn by turn" in routes_problem(t, "R3", False)
 
 
 def test_an_unknown_trl_is_warned_of_or_refused(monkeypatch):
     assert problem(GRPOTrainer) is None
-    monkeypatch.setattr(module, "version", lambda name: "1.17.2")
+    monkeypatch.setattr(trl_checks, "version", lambda name: "1.17.2")
     with pytest.warns(UserWarning, match="TRL 1.17.2 was not tested with MiniRL"):
         check_version(GRPOTrainer)
 

@@ -18,14 +18,15 @@ __all__ = ['Sampled', 'place_routes', 'watch_generation']
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import Ragged
-from ..routing import record, routes_dtype
+from ..routing import record
 
-# %% ../../nbs/18_integrations.ipynb #df44d51c
+# %% ../../nbs/18_integrations.ipynb #4bc206c6
 @dataclass(frozen=True)
 class Sampled:
     """What the rollout engine says about B completions, rows without padding.
@@ -41,7 +42,7 @@ class Sampled:
     routes: Ragged | None = None
     valid: Ragged | None = None
 
-
+# %% ../../nbs/18_integrations.ipynb #bb0e3a20
 def place_routes(
     sampled: Sampled,  # with routes
     prompt_width: int,  # P: columns of the left-padded prompts
@@ -84,7 +85,8 @@ class watch_generation:
         self._fed: list[Tensor] = []  # inputs of the forwards: [B, P], then [B, 1] each
         self._routes: list[Tensor] = []  # [B, P, L, K], then [B, 1, L, K] each
         self._logp: list[Tensor] = []  # [B] each
-        self._logits = self._mask = None
+        self._logits: Tensor | None = None  # [B, V] of the last forward
+        self._mask: Tensor | None = None  # [B, P] of the prompts
 
     def __enter__(self):
         self._open = ExitStack()
@@ -113,7 +115,8 @@ class watch_generation:
         self._fed.append(ids.cpu())
         self._logits = output.logits[:, -1].float() / self.temperature
         if self._recorder is not None:
-            self._routes.append(self._recorder.pop(len(ids)).cpu())
+            routes: Any = self._recorder.pop(len(ids))  # [B, P, L, K] or [B, 1, L, K]
+            self._routes.append(routes.cpu())
 
     def _of_tokens(self, token: Tensor) -> Tensor:
         "float32 [B]: log-probability of `token` [B] under the last forward's logits."

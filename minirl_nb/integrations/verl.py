@@ -24,7 +24,7 @@ from ..objective import MINIRL, PRESETS, Objective
 from ..validity import validity
 from ..weights import diagnostics
 
-# %% ../../nbs/18b_verl.ipynb #c1ab4e1f
+# %% ../../nbs/18b_verl.ipynb #3c572bf5
 AGGREGATION = {  # the objective's normalizer, verl's loss_agg_mode
     "responses": "seq-mean-token-sum",
     "response_length": "seq-mean-token-mean",
@@ -32,7 +32,7 @@ AGGREGATION = {  # the objective's normalizer, verl's loss_agg_mode
 }
 _MEANS = ("k1", "k3", "abs", "f_2")  # statistics whose parts average to the whole
 
-
+# %% ../../nbs/18b_verl.ipynb #51708616
 def _of_response(advantages: Tensor, mask: Tensor) -> Tensor:
     "[B] from verl's [B, T]. ValueError where the tokens of a response have different ones."
     first = advantages.gather(1, mask.long().argmax(1, keepdim=True))
@@ -44,7 +44,7 @@ def _of_response(advantages: Tensor, mask: Tensor) -> Tensor:
         )
     return torch.where(mask.any(1), first[:, 0], 0.0)
 
-
+# %% ../../nbs/18b_verl.ipynb #389ca4a0
 def _logp_mu(objective: Objective, logp_old: Tensor, weights: Tensor | None, mask: Tensor):
     "mu's log-probabilities from pi_old/mu."
     if weights is None:
@@ -61,7 +61,7 @@ def _logp_mu(objective: Objective, logp_old: Tensor, weights: Tensor | None, mas
         )
     return logp_old - torch.where(mask, weights, 1.0).log()
 
-# %% ../../nbs/18b_verl.ipynb #4a978374
+# %% ../../nbs/18b_verl.ipynb #70c75d7f
 def policy_loss(objective: Objective):
     """A policy loss for verl's registry, with the arguments and results that verl documents.
 
@@ -106,7 +106,7 @@ def policy_loss(objective: Objective):
 
     return loss
 
-
+# %% ../../nbs/18b_verl.ipynb #f7e375bd
 def register(name: str = "minirl", objective: Objective = MINIRL) -> None:
     """Make an objective the policy loss `name` (actor.policy_loss.loss_mode).
 
@@ -116,7 +116,7 @@ def register(name: str = "minirl", objective: Objective = MINIRL) -> None:
 
     register_policy_loss(name)(policy_loss(objective))
 
-
+# %% ../../nbs/18b_verl.ipynb #7ace5acb
 def rollout_metrics(
     *,
     old_log_probs: Tensor,  # [B, T]
@@ -132,8 +132,9 @@ def rollout_metrics(
     wanted = ("discrepancy/", "response/", "validity/")
     return {f"rollout_corr/minirl/{k}": v for k, v in found.items() if k.startswith(wanted)}
 
-
-# verl imports this module by name (actor_rollout_ref.model.external_lib=minirl_nb.integrations.verl)
+# %% ../../nbs/18b_verl.ipynb #473c2c4d
+# verl imports this module by name: actor_rollout_ref.model.external_lib, or the environment's
+# VERL_USE_EXTERNAL_MODULES
 with contextlib.suppress(ModuleNotFoundError):
     for _name in ("minirl", "minirl_length_norm", "minirl_no_is"):
         register(_name, PRESETS[_name])
