@@ -55,6 +55,8 @@ NUMERICS = {
     "test_parity_depth.py": "probes of an engine of 30 layers",
     "test_coldstart.py": "losses of a short training",
     "test_train.py": "short runs of the loop",
+    "test_trl.py": "TRL's losses and gradients against the loop's",
+    "test_integrations.py": "watched log-probabilities, another recipe's gradients",
 }
 
 
