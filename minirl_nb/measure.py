@@ -15,6 +15,7 @@ __all__ = ['monitored_rows', 'live_routes', 'flips', 'log', 'evaluate_run']
 # %% ../nbs/14h_measure.ipynb #31c3498e
 import math
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def live_routes(run: Run, rollout: Rollout, rows: Tensor) -> Ragged:
     return Ragged.cat([x for _, x in found]).select(order)
 
 
-def flips(run: Run, step: Step, i: int) -> dict[str, float]:
+def flips(run: Run, step: Step, i: int) -> dict[str, Any]:
     """How often the choice of experts differs on the monitored responses of mini-batch i: mu from
     pi_old (discrepancy), pi_old from pi (staleness)."""
     if i not in step.live:
@@ -74,11 +75,12 @@ def flips(run: Run, step: Step, i: int) -> dict[str, float]:
         out[f"{name}/flip"] = float((per_layer / n).mean())
         out[f"{name}/flip_any"] = float(changed / n)
         out[f"{name}/flip_max"] = float((per_layer / n).max())
+        out[f"{name}/flip_by_layer"] = (per_layer / n).tolist()
         out[f"{name}/jaccard"] = float((jaccard / n).mean())
     return out
 
 # %% ../nbs/14h_measure.ipynb #d14c4b7b
-def log(run: Run, step: Step, rows: list[dict[str, float]], found: Parity | None) -> None:
+def log(run: Run, step: Step, rows: list[dict[str, Any]], found: Parity | None) -> None:
     "One line of metrics.jsonl for each gradient step of a rollout step."
     n, r, seconds = len(rows), step.rollout, _seconds_by_phase(step)
     given = run.world.gather_to_chief((step.tokens, peak_memory()))

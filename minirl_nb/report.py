@@ -29,6 +29,7 @@ import torch
 from . import evaluate
 from .checkpoint import newest_checkpoint, write_atomically
 from .config import RunConfig
+from .metrics import metric
 from .validity import VALIDITY_LIMIT, VALIDITY_WINDOW
 from .parsing import flatten
 from .rollout import Sampling
@@ -110,7 +111,8 @@ def _plot_accuracy(ax, evaluations: Sequence[dict]) -> None:
             label = key.split("/")[-1] + ("" if numerics == "train" else ", rollout")
             x, y = [r["step"] for r in evaluations], [r[key] for r in evaluations]
             ax.plot(x, y, style, color=str(shade), marker=next(markers), ms=4, label=label)
-    ax.set(xlabel="gradient step", title="benchmark accuracy", ylim=(0, 1))
+    accuracy = metric("accuracy/train/easy").title
+    ax.set(xlabel=metric("step").title, title=accuracy, ylim=(0, 1))
     if ax.lines:
         ax.legend(fontsize=6, ncols=2, loc="upper left")
 
@@ -127,17 +129,12 @@ def plot_run(
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
         fig, axes = plt.subplots(1, 4, figsize=(11, 2.6), dpi=75, layout="constrained")
         x = [r["step"] for r in steps]
-        kl_title = r"KL($\mu_{old}$ || $\pi_{old}$), nats per token"
-        for ax, key, title in (
-            (axes[0], "reward", "training reward"),
-            (axes[2], "entropy", "token entropy, nats"),
-            (axes[3], "kl", kl_title),
-        ):
+        for ax, key in ((axes[0], "reward"), (axes[2], "entropy"), (axes[3], "kl")):
             y = np.array([r[key] for r in steps], dtype=float)  # None, not measured, becomes NaN
             ax.plot(x, y, color="0.75", lw=0.8)
             label = "k1" if key == "kl" else None
             ax.plot(x, _moving_mean(y), color="0.1", lw=1.5, label=label)
-            ax.set(xlabel="gradient step", title=title)
+            ax.set(xlabel=metric("step").title, title=metric(key).label)
         k3 = _moving_mean(np.array([r["k3"] for r in steps], dtype=float))
         axes[3].plot(x, k3, ":", color="0.1", lw=1.5, label="k3")
         axes[3].legend(fontsize=6)
