@@ -73,6 +73,8 @@ NO_NUMERICS = {
     "14_config": "messages",
     "14ea_metrics": "names and text",
     "14b_checks": "messages",
+    "15c_logs": "text and files",
+    "15d_diagnose": "recorded numbers",
     "24_real_model": "recorded numbers",
     "index": "no code",
 }
