@@ -66,7 +66,7 @@ class EvaluateConfig:
     seed: int = 0
     """Of the sampled responses."""
 
-# %% ../nbs/17_cli.ipynb #f1080b5e
+
 @dataclass(frozen=True)
 class ReportConfig:
     "`minirl report`: one HTML file that shows a run, or several side by side."
@@ -133,8 +133,7 @@ def _problems_config() -> type[Any]:
 
 # %% ../nbs/17_cli.ipynb #55e5894a
 def _split(words: list[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The positional words in front, at most as many as have names, and the options behind them;
-    a name that ends with dots stands for any number of words."""
+    "The positional words in front, as many as have names (dots: any number), and the options."
     most = len(words) if names and names[-1].endswith("...]") else len(names)
     n = 0
     while n < min(most, len(words)) and not words[n].startswith("-"):
@@ -275,8 +274,6 @@ def _diagnose(positional: list[str], options: list[str]) -> None:
 def _report(positional: list[str], options: list[str]) -> None:
     from minirl_nb import dashboard, logs
 
-    if not positional:
-        raise ValueError("command line: report wants the folder or log of a run")
     config = parse_config(ReportConfig(), options, "command line")
     path = dashboard.write_report([logs.read_log(run) for run in positional], config.output)
     print(f"report: {path}")
@@ -354,18 +351,11 @@ COMMANDS = {
         "a mixture of experts from a dense model",
         _upcycle_config,
     ),
-    "diagnose": Command(
-        _diagnose, ("RUN", "[RUN ...]"), "what is going wrong in a run, since when, what to try"
-    ),
+    "diagnose": Command(_diagnose, ("RUN", "[RUN ...]"), "what is wrong in a run, and since when"),
     "report": Command(
-        _report,
-        ("RUN", "[RUN ...]"),
-        "one HTML file with curves, flips by layer and samples of runs",
-        lambda: ReportConfig,
+        _report, ("RUN", "[RUN ...]"), "one HTML file that shows runs", lambda: ReportConfig
     ),
-    "compare": Command(
-        _compare, ("A", "B"), "paired differences of two runs, or of two groups of seeds"
-    ),
+    "compare": Command(_compare, ("A", "B"), "paired differences of two runs or groups of seeds"),
     "recipes": Command(_recipes, (), "the recipes that ship with the package"),
 }
 

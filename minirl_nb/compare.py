@@ -118,7 +118,8 @@ def _accuracy_table(pair: tuple[Log, Log]) -> list[str]:
     for numerics in (n for n in before if n in after):
         differences = paired_difference(before[numerics], after[numerics])
         lines += ["", f"accuracy, numerics of {numerics}, intervals over problems:"]
-        lines.append(difference_table(differences).replace("before", "     A").replace("after", "    B"))
+        table = difference_table(differences)
+        lines.append(table.replace("before", "     A").replace("after", "    B"))
     return lines
 
 
@@ -159,7 +160,9 @@ def comparison(a: Sequence[Log], b: Sequence[Log]) -> str:
         lines += _accuracy_table(pairs[0])
         said = "one pair of runs, so no interval over seeds"
     else:
-        lines = [f"{side}: {', '.join(x.name for x in logs)}" for side, logs in zip("AB", zip(*pairs))]
+        names = [", ".join(log.name for log in logs) for logs in zip(*pairs)]
+        lines = [f"A: {names[0]}", f"B: {names[1]}"]
         said = f"{len(pairs)} pairs of seeds"
     found = ([] if one else _group_accuracy(pairs)) + changes(pairs)
-    return "\n".join([*lines, "", f"mean of the last quarter of the steps; {said}:", *_change_table(found)])
+    lines += ["", f"mean of the last quarter of the steps; {said}:", *_change_table(found)]
+    return "\n".join(lines)

@@ -292,7 +292,8 @@ def _token(text: str, log_ratio: float | None, flips: int | None, layers: int) -
     if log_ratio is not None:
         strength = min(abs(log_ratio) / math.log(2), 1.0)
         color = "213,94,0" if log_ratio > 0 else "0,114,178"
-        style = f' style="background:rgba({color},{0.75 * strength:.2f})"' if strength > 0.02 else ""
+        if strength > 0.02:
+            style = f' style="background:rgba({color},{0.75 * strength:.2f})"'
         said.append(f"log-ratio {log_ratio:+.4f}")
     if flips:
         mark = ' class="flip"'

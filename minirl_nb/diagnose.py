@@ -146,11 +146,6 @@ def _number(x: float) -> str:
     return f"{x:.2g}"
 
 # %% ../nbs/15d_diagnose.ipynb #d981a321
-def _grown(found: Series, factor: float, least: float) -> int | None:
-    "Since when a level is `factor` times the first one, and at least `least`."
-    return found.since(found.level > max(factor * found.first, least))
-
-
 def _divergence(rows: Sequence[dict], keys: Sequence[str], of: str) -> tuple[int, str] | None:
     "The rule for a divergence in nats per token: the first of the keys that the log has."
     for key in keys:
@@ -161,7 +156,8 @@ def _divergence(rows: Sequence[dict], keys: Sequence[str], of: str) -> tuple[int
         factor = limit("growth") if squared else math.sqrt(limit("growth"))
         least = limit("least kl") if squared else math.sqrt(2 * limit("least kl"))
         what = f"{of}, as {metric(key).title}"
-        if (since := _grown(found, factor, least)) is not None:
+        since = found.since(found.level > max(factor * found.first, least))
+        if since is not None:
             first, last = _number(found.first), _number(found.last)
             return since, f"{what}, grows: it was {first} nats at first and is {last} now."
         since = found.since(found.level > limit("kl")) if squared else None
@@ -231,8 +227,7 @@ def _layer(rows):
     others = np.delete(rise, worst, axis=0).max(axis=0)
     apart = rise[worst] > limit("layer") * np.maximum(others, 0)
     large = max(limit("growth") * found[worst].first, limit("least flips"))
-    since = found[worst].since(apart & (found[worst].level > large))
-    if since is None:
+    if (since := found[worst].since(apart & (found[worst].level > large))) is None:
         return None
     first, last = (100 * x for x in (found[worst].first, found[worst].last))
     return since, (
@@ -242,28 +237,22 @@ def _layer(rows):
     )
 
 # %% ../nbs/15d_diagnose.ipynb #52e871b4
-def _entropy_falls(rows):
+_ONE_ANSWER = "Groups will have one answer, and no gradient."
+
+
+def _entropy_falls(rows, sign=-1, name="entropy falls", does="runs out", so=_ONE_ANSWER):
     found = series(rows, "entropy")
     if found is None:
         return None
-    if (since := found.since(found.level < limit("entropy falls") * found.level[0])) is None:
+    since = found.since(sign * found.level > sign * limit(name) * found.level[0])
+    if since is None:
         return None
-    return since, (
-        f"Entropy runs out: {_number(found.level[0])} nats per token at first, "
-        f"{_number(found.last)} now. Groups will have one answer, and no gradient."
-    )
+    first = _number(found.level[0])
+    return since, f"Entropy {does}: {first} nats at first, {_number(found.last)} now. {so}"
 
 
 def _entropy_rises(rows):
-    found = series(rows, "entropy")
-    if found is None:
-        return None
-    if (since := found.since(found.level > limit("entropy rises") * found.level[0])) is None:
-        return None
-    return since, (
-        f"Entropy explodes: {_number(found.level[0])} nats per token at first, "
-        f"{_number(found.last)} now. The policy forgets what it could."
-    )
+    return _entropy_falls(rows, 1, "entropy rises", "explodes", "The policy forgets what it could.")
 
 
 def _reward_falls(rows):
@@ -366,7 +355,7 @@ _ENGINE_RULES = (
         ("parity/q90",),
         _parity,
         (
-            ("the engine in float32 and without FP8: if the quantile stays, weights are stale", None),
+            ("the engine in float32, no FP8: if the quantile stays, weights are stale", None),
             ("a restart of the engine from the newest checkpoint (--resume)", None),
         ),
     ),
@@ -411,7 +400,7 @@ _RATIO_RULES = (
         ("clip_high", "clip_low"),
         _one_side,
         (
-            ("bounds of both sides near each other (objective.clip_low, objective.clip_high)", None),
+            ("bounds of similar size (objective.clip_low, objective.clip_high)", None),
             _SMALLER,
             _FEWER,
         ),

@@ -105,15 +105,16 @@ def _file_of(path: Path) -> Path:
     def number(state: Path) -> int:
         return int(state.parent.name.rpartition("-")[2])
 
-    states = [s for s in path.glob("checkpoint-*/trainer_state.json") if s.parent.name[-1].isdigit()]
+    found = path.glob("checkpoint-*/trainer_state.json")
+    states = [state for state in found if state.parent.name[-1].isdigit()]
     if states:
         return max(states, key=number)
     logs = sorted(path.glob("*.jsonl"))
     if len(logs) == 1:
         return logs[0]
     raise FileNotFoundError(
-        f"{path} holds no metrics.jsonl, no trainer_state.json of TRL and no single .jsonl of verl: "
-        "name the log itself"
+        f"{path} holds no metrics.jsonl, no trainer_state.json of TRL and no single .jsonl of "
+        "verl: name the log itself"
     )
 
 
