@@ -274,9 +274,8 @@ def _diagnose(positional: list[str], options: list[str]) -> None:
 def _report(positional: list[str], options: list[str]) -> None:
     from minirl_nb import dashboard, logs
 
-    config = parse_config(ReportConfig(), options, "command line")
-    path = dashboard.write_report([logs.read_log(run) for run in positional], config.output)
-    print(f"report: {path}")
+    output = parse_config(ReportConfig(), options, "command line").output
+    print(f"report: {dashboard.write_report(list(map(logs.read_log, positional)), output)}")
 
 
 def _compare(positional: list[str], options: list[str]) -> None:
@@ -352,9 +351,7 @@ COMMANDS = {
         _upcycle_config,
     ),
     "diagnose": Command(_diagnose, ("RUN", "[RUN ...]"), "what is wrong in a run, and since when"),
-    "report": Command(
-        _report, ("RUN", "[RUN ...]"), "one HTML file that shows runs", lambda: ReportConfig
-    ),
+    "report": Command(_report, ("RUN", "[RUN ...]"), "runs in one HTML file", lambda: ReportConfig),
     "compare": Command(_compare, ("A", "B"), "paired differences of two runs or groups of seeds"),
     "recipes": Command(_recipes, (), "the recipes that ship with the package"),
 }
