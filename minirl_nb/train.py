@@ -47,7 +47,14 @@ from minirl_nb.config import (
     recipes,
 )
 from .validity import validity
-from .measure import evaluate_run, flips, live_routes, log, monitored_rows
+from minirl_nb.measure import (
+    evaluate_run,
+    flips,
+    live_routes,
+    log,
+    monitored_rows,
+    token_samples,
+)
 from .parallel import launched
 from .report import RunResult, observers_of, plot_run, write_samples
 from .parity import widened
@@ -362,7 +369,7 @@ def finish_step(run: Run, step: Step, on_step: Callable[[Run], None] | None = No
     "Samples, evaluation, checkpoint and observers, where they are due. Is the run to stop?"
     output, last = run.config.output, run.step == run.config.steps
     if run.is_due(output.samples_every) and run.world.chief:
-        write_samples(run.folder, run.step, step.samples)
+        write_samples(run.folder, run.step, step.samples, token_samples(run, step))
     if run.is_due(run.config.evaluation.every) or last:
         evaluate_run(run)
     if run.is_due(output.checkpoint_every) or last:

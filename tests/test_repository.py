@@ -318,7 +318,8 @@ def test_every_import_of_the_package_is_required():
     "A package that the modules import is one of the requirements, or an optional one."
     config = ConfigParser(delimiters=["="], interpolation=None)
     config.read(ROOT / "settings.ini")
-    optional = {"vllm", "reasoning-gym", "tensorboard", "wandb", "trackio", "minirl-nb", "verl"}
+    optional = {"vllm", "reasoning-gym", "tensorboard", "wandb", "trackio", "bokeh", "minirl-nb"}
+    optional |= {"verl"}
     # two come with math-verify and one with datasets; a notebook, where IPython is used, brings it
     optional |= {"antlr4", "sympy", "requests", "IPython"}
     names = {"yaml": "pyyaml"}

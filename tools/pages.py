@@ -71,7 +71,10 @@ NO_NUMERICS = {
     "12b_pretrained": "files and messages",
     "12d_replay_at_depth": "recorded numbers",
     "14_config": "messages",
+    "14ea_metrics": "names and text",
     "14b_checks": "messages",
+    "15c_logs": "text and files",
+    "15d_diagnose": "recorded numbers",
     "24_real_model": "recorded numbers",
     "index": "no code",
 }
