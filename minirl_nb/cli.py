@@ -123,10 +123,10 @@ def _problems_config() -> type[Any]:
     return ProblemsConfig
 
 # %% ../nbs/17_cli.ipynb #cff78fda
-def _split(words: list[str], most: int) -> tuple[list[str], list[str]]:
-    "The positional words in front, at most so many, and the options behind them."
+def _split(words: list[str], limit: int) -> tuple[list[str], list[str]]:
+    "The positional words in front, at most `limit`, and the options behind them."
     n = 0
-    while n < min(most, len(words)) and not words[n].startswith("-"):
+    while n < min(limit, len(words)) and not words[n].startswith("-"):
         n += 1
     return words[:n], words[n:]
 
@@ -189,7 +189,7 @@ def _plan(positional: list[str], options: list[str]) -> None:
     if config.gpu is config.gpus is config.gpus_per_node is None:
         cluster = plan.Cluster.here()
     else:
-        cluster = plan.Cluster.of(
+        cluster = plan.Cluster.with_gpus(
             config.gpu or "h100", config.gpus or 8, config.gpus_per_node or 8
         )
     found = plan.plan(config, cluster, config.assume)

@@ -78,11 +78,11 @@ def _terminates(number: Any) -> bool:
 
     if not isinstance(number, Rational):
         return False
-    rest = number.q
+    cofactor = number.q
     for factor in (2, 5):
-        while rest % factor == 0:
-            rest //= factor
-    return rest == 1
+        while cofactor % factor == 0:
+            cofactor //= factor
+    return cofactor == 1
 
 # %% ../nbs/09_equality.ipynb #d04e3847
 def _same_number(gold: Any, given: Any, *_: Any) -> bool:

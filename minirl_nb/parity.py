@@ -137,9 +137,9 @@ def compare_weights(
     bit does."""
     weights = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
     expected = fp8.load_(copy.deepcopy(engine.model), weights)
-    held, wrong = dict(engine.model.named_parameters()), {}
+    engine_weights, wrong = dict(engine.model.named_parameters()), {}
     for name, tensor in expected.named_parameters():
-        own = held[name]
+        own = engine_weights[name]
         if torch.equal(own, tensor):
             continue
         which = ""

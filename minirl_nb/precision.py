@@ -190,10 +190,10 @@ class PrecisionConfig:
     """JSON file for the numbers; empty: they are only printed."""
 
 # %% ../nbs/13c_precision.ipynb #f2dec498
-def lengths_up_to(most: int) -> list[int]:
+def lengths_up_to(longest: int) -> list[int]:
     "8, 12, 16, 24, 32, 48, 64, ...: about equal steps on a logarithmic axis."
-    powers = [2**k for k in range(3, max(4, most.bit_length()))]
-    return sorted({t for p in powers for t in (p, p * 3 // 2) if t <= most} | {most})
+    powers = [2**k for k in range(3, max(4, longest.bit_length()))]
+    return sorted({t for p in powers for t in (p, p * 3 // 2) if t <= longest} | {longest})
 
 
 def run(config: PrecisionConfig) -> list[dict]:

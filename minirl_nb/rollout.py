@@ -87,8 +87,8 @@ class _Call:
         slots = len(self.request)
         if self.waiting == self.requests:
             return self.dead >= max(1, slots // 8)
-        most = self.engine.max_batch
-        return most - (slots - self.dead) >= max(1, most // 4)
+        limit = self.engine.max_batch
+        return limit - (slots - self.dead) >= max(1, limit // 4)
 
     def change(self, recorder) -> None:
         if self.waiting < self.requests:

@@ -45,9 +45,9 @@ def log_ratio(
             f"{tuple(mask.shape)} must have one shape [B, T]"
         )
     # a bfloat16 has three digits, and a ratio is a difference: widen first
-    wide = torch.promote_types(numerator.dtype, denominator.dtype)
-    wide = torch.promote_types(wide, torch.float32)
-    return torch.where(mask.bool(), numerator.to(wide) - denominator.to(wide), 0.0)
+    dtype = torch.promote_types(numerator.dtype, denominator.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return torch.where(mask.bool(), numerator.to(dtype) - denominator.to(dtype), 0.0)
 
 # %% ../nbs/02_weights.ipynb #740018be
 Weight = Literal["pi/mu", "pi/old", "old/mu", "none", "prefix", "sequence", "geometric"]

@@ -96,7 +96,7 @@ def _least_activations(case: Case) -> float:
 def refuse(config: RunConfig, cluster: Cluster) -> str | None:
     """One sentence why a run cannot fit on a cluster, or None: a lower bound, quick enough for
     every launch. FileNotFoundError where there is no config of the model."""
-    case = Case.of(config, cluster, Assumptions())
+    case = Case.from_config(config, cluster, Assumptions())
     terms, name = _states(case), config.model.path
     if case.offload:
         needed = sum(terms.values()) * cluster.gpus_per_node
@@ -237,7 +237,7 @@ def plan(
 
     ValueError or FileNotFoundError, in one sentence, for a config that no cluster of this size can
     run."""
-    case = Case.of(config, cluster or Cluster.here(), assume or Assumptions())
+    case = Case.from_config(config, cluster or Cluster.here(), assume or Assumptions())
     _check_layout(case)
     active = max(1, round(case.mini_batch * case.assume.active))
     with fake_processes(case.cluster.gpus), torch.random.fork_rng(devices=[]):

@@ -228,7 +228,7 @@ class Case:
     model: Shape
 
     @classmethod
-    def of(cls, config: RunConfig, cluster: Cluster, assume: Assumptions) -> "Case":
+    def from_config(cls, config: RunConfig, cluster: Cluster, assume: Assumptions) -> "Case":
         "FileNotFoundError where there is no config of the model."
         hf_config = model_config(config.model.path)
         return cls(config, cluster, assume.on(cluster), hf_config, shape(hf_config))

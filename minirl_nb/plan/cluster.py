@@ -61,7 +61,7 @@ GPUS: dict[str, Gpu] = {  # in the order of the fields above
 # %% ../../nbs/16_cluster.ipynb #0ed733d1
 @dataclass(frozen=True)
 class Cluster(Gpu):
-    """GPUs of one kind in nodes of one size. `Cluster.of` takes the kind from `GPUS`,
+    """GPUs of one kind in nodes of one size. `Cluster.with_gpus` takes the kind from `GPUS`,
     `Cluster.here` looks at this machine."""
 
     gpus: int = 1
@@ -74,7 +74,7 @@ class Cluster(Gpu):
     """Bytes of host memory of a node."""
 
     @classmethod
-    def of(cls, gpu: str, gpus: int, gpus_per_node: int = 8, **other) -> "Cluster":
+    def with_gpus(cls, gpu: str, gpus: int, gpus_per_node: int = 8, **other) -> "Cluster":
         "ValueError for a GPU that is not in the table, or a number that is not positive."
         name = gpu.lower().replace("_", "-").replace("nvidia-", "")
         name = {"a100": "a100-80", "4090": "rtx4090"}.get(name, name)

@@ -97,20 +97,26 @@ def _sent(func, args, kwargs, out, gpus_per_node: int) -> dict[tuple[str, bool],
         return {}
     ranks = dist.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
     size = CollectiveOp.get_comm_tensor_size(func, out, args, kwargs)
-    many = len(ranks)
-    if many == 1:
+    group_size = len(ranks)
+    if group_size == 1:
         return {}
     leaves_node = len({rank // gpus_per_node for rank in ranks}) > 1
     found = (kind for part, kind in _COLLECTIVES.items() if part in func.__name__)
     kind = next(found, "reduce")
     if kind != "exchange":
-        return {(kind, leaves_node): size * ((many - 1) / many * (2 if kind == "reduce" else 1))}
+        return {
+            (kind, leaves_node): size
+            * ((group_size - 1) / group_size * (2 if kind == "reduce" else 1))
+        }
     if "alltoall" not in func.__name__:
         size /= 2  # torch counts it at both ends
     if not leaves_node:
-        return {(kind, False): size * ((many - 1) / many)}
+        return {(kind, False): size * ((group_size - 1) / group_size)}
     near = sum(rank // gpus_per_node == ranks[0] // gpus_per_node for rank in ranks)
-    return {(kind, False): size * (near - 1) / many, (kind, True): size * (1 - near / many)}
+    return {
+        (kind, False): size * (near - 1) / group_size,
+        (kind, True): size * (1 - near / group_size),
+    }
 
 # %% ../../nbs/16b_ledger.ipynb #f1e6c092
 _EFFICIENCY = {  # kind of kernel: the assumption about its share of the peak rate
@@ -170,10 +176,10 @@ class Ledger(MemTracker):
         if not outputs and not inputs:
             return
         kind, flops = _operations(func, name, args, kwargs, out, inputs)
-        touched = _bytes_touched(name, inputs, outputs)
+        moved = _bytes_touched(name, inputs, outputs)
         share = getattr(self.assume, _EFFICIENCY[kind]) if kind in _EFFICIENCY else 1.0
         by_rate = flops / (self._rate(inputs) * share)
-        by_bandwidth = touched / (self.cluster.bandwidth * self.assume.stream)
+        by_bandwidth = moved / (self.cluster.bandwidth * self.assume.stream)
         self.seconds[self.part, kind] += max(by_rate, by_bandwidth, self.assume.launch)
         self.flops[self.part, kind] += flops
 

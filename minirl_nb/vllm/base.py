@@ -62,7 +62,7 @@ class VLLMBase:
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.transfer = Transfer(model, self.dtype, self.fp8)
         self.routes = routes
-        self.places = RouterPlaces.of(self.transfer.skeleton) if routes else None
+        self.places = RouterPlaces.from_model(self.transfer.skeleton) if routes else None
         self.eos = end_tokens(model, tokenizer, eos_token_id)
         self.pad = padding_token(model, tokenizer, pad_token_id, self.eos)
         self.verify, self.version = option_value(verify), 0

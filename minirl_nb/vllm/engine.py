@@ -115,8 +115,8 @@ def _here() -> "list[VLLMEngine]":
     return [engine for engine in _OPEN if engine._inside and engine.llm is not None]
 
 
-def _sentence(error: BaseException, most: int = 300) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+def _sentence(error: BaseException, max_characters: int = 300) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:max_characters]}"
 
 
 def _progress_bar(*args, **kwargs):

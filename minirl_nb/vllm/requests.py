@@ -212,7 +212,7 @@ class RouterPlaces:
     top_k: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "RouterPlaces":
+    def from_model(cls, model: nn.Module) -> "RouterPlaces":
         "TypeError for a model without routers."
         found = routers(model)
         return cls(

@@ -257,8 +257,8 @@ class ServedEngine(VLLMBase):
         else's."""
         if self._asleep:
             raise EngineError("the servers sleep: every rank must call wake() first")
-        held = self._each(lambda s: s.call("minirl_holds"), self.servers, len(self.servers))
-        for s, workers in zip(self.servers, held):
+        stored = self._each(lambda s: s.call("minirl_holds"), self.servers, len(self.servers))
+        for s, workers in zip(self.servers, stored):
             if any(worker["tag"] != self._tag for worker in workers):
                 self._broken = (
                     f"the server at {s.address} does not hold this run's weights of version "
@@ -304,10 +304,10 @@ class ServedEngine(VLLMBase):
             return
         folder = Path(tempfile.mkdtemp(prefix="minirl-weights-", dir=self.folder))
         try:
-            need, free = self.transfer.bytes, shutil.disk_usage(folder).free
-            if free < need:
+            required, free = self.transfer.bytes, shutil.disk_usage(folder).free
+            if free < required:
                 raise EngineError(
-                    f"the weights need {need / 1e9:.1f} GB in {self.folder}, where "
+                    f"the weights need {required / 1e9:.1f} GB in {self.folder}, where "
                     f"{free / 1e9:.1f} GB are free"
                 )
             folder.chmod(0o755)  # servers may run as somebody else
