@@ -1,5 +1,5 @@
 """**Claim.** A config and a cluster are enough to say whether a run fits, what limits it, and what
-a gradient step costs; no weights and no GPU are needed, and two minutes of one processor.
+a gradient step costs; that takes two minutes of one processor, no weights and no GPU.
 
 This module is the entry of `minirl_nb.plan`: `plan` puts the pages before it together, and
 `refuse_if_too_large` is its quick check before a launch.

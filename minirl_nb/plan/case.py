@@ -1,6 +1,6 @@
 """**Claim.** What a run costs depends on its model through a dozen numbers, and the model itself
-gives all of them without a single weight: its parameters, those that a token passes through, the
-cache and the routes of a token, and where its layers begin to repeat.
+gives all of them without a single weight: its parameters, the active ones among them (those that
+compute one token), the cache and the routes of a token, and where its layers begin to repeat.
 
 This module holds the model as a skeleton without numbers, and `Case`: one config on one cluster
 under one set of assumptions.

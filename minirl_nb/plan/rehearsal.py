@@ -1,5 +1,5 @@
-"""**Claim.** A real update takes the memory that the plan says: to a hundredth of what torch's
-allocator gives out, and to a tenth of what the system sees.
+"""**Claim.** A real update takes the memory that the plan says, within a hundredth by what torch's
+allocator gives out, and within a tenth by what the system sees.
 
 This module runs the update of the largest micro-batch for real, with the trainer's own code, in a
 process of its own, and measures it in two ways that do not use dispatch modes:

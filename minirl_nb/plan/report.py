@@ -1,7 +1,7 @@
 """**Claim.** Whatever does not fit, or costs too much, is said in one sentence with the setting
-that helps.
+that helps. A plan that does not fit and gives no such sentence refutes it.
 
-This room holds the result of a plan: its phases and numbers, the table that is printed, and the
+This module holds the result of a plan: its phases and numbers, the table that is printed, and the
 warnings.
 """
 

@@ -1,6 +1,6 @@
-"""**Claim.** The memory that a gradient step takes is known before the first weight is loaded: run
-with the real code on tensors that have shapes and no numbers, the real model reaches the peaks of
-the real step, and two shallow models give those of the deep one.
+"""**Claim.** The memory that a gradient step takes can be computed before a weight is loaded. On
+tensors that have shapes and no numbers, the real code reaches the peaks of the real step; and the
+peaks of two shallow models give those of the deep one.
 
 This module builds the model's skeleton, shards it over processes that exist on paper, and runs one
 micro-batch under the ledger.

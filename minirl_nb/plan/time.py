@@ -1,6 +1,6 @@
-"""**Claim.** Time follows from the measured passes and the lengths of responses, to the accuracy of
-a handful of stated efficiencies: the slowest rank of each micro-batch counts, and an engine is as
-slow as its longest response.
+"""**Claim.** Time follows from the measured passes and the lengths of responses, as accurately as a
+handful of stated efficiencies allow. The slowest rank sets the time of each micro-batch, and the
+longest response that of an engine.
 
 This module spreads responses over ranks and micro-batches, turns passes into seconds, and simulates
 an engine's continuous batching.
