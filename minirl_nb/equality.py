@@ -3,7 +3,7 @@ large; two expressions with variables, if and only if sympy proves it wherever b
 different numbers that pass for equal make the claim false.
 
 math-verify parses LaTeX and compares expressions with sympy, and what it says is the verdict on
-most answers. This room asks it, makes two of its comparisons exact, and makes its parser faster.
+most answers. This module asks it, makes two of its comparisons exact, and makes its parser faster.
 Nothing here is protected against answers that take forever.
 """
 

@@ -3,7 +3,7 @@ problems with two answers and answers that cannot be judged, and says why it too
 does not depend on the order of the input. A copy that differs in typing, case, layout or a few
 words and passes makes the claim false.
 
-This room holds `words` and `Overlap`, by which texts are compared, the tests of answers,
+This module holds `words` and `Overlap`, by which texts are compared, the tests of answers,
 `filter_problems`, and `pass_rates`, which measures how often a policy solves each problem.
 """
 

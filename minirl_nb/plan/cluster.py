@@ -158,8 +158,8 @@ def _processor_here(memory: float, processes: int) -> Gpu:
 # %% ../../nbs/16_cluster.ipynb #21f7c709
 @dataclass(frozen=True)
 class Assumptions:
-    """What no computation on this machine can know. Each is a field, so that a
-    reader can change it and see how much it matters. ValueError for a mean length that is no share."""
+    """What no computation on this machine can know. Each is a field, so that
+    it can be changed and its weight seen. ValueError for a mean length that is no share."""
 
     mean_length: float = 0.4
     """Mean length of a response as a share of `rollout.max_new_tokens`. Lengths are spread as

@@ -2,7 +2,7 @@
 engine only says how requests get to vLLM and how weights do. False if a mishap in one of them (a
 bad tensor, a dead process) leaves an engine that answers wrongly.
 
-This room holds `VLLMBase`, the part of an engine that does not depend on where vLLM runs: in this
+This module holds `VLLMBase`, the part of an engine that does not depend on where vLLM runs: in this
 process, in another one, or on another machine.
 """
 

@@ -2,7 +2,7 @@
 as it found them: the process group, the environment, the number of threads, the temporary folder.
 False if a process, a file or a changed variable stays behind after `close`.
 
-This room holds `VLLMEngine`. In a notebook vLLM lives in this process. Under `torchrun` **it does
+This module holds `VLLMEngine`. In a notebook vLLM lives in this process. Under `torchrun` **it does
 too**, on every rank: its groups are made inside the trainer's own process group, the way in which
 vLLM wants to be started by somebody else ("external launcher"). `tensor_parallel` = 1 gives every
 rank an engine of its own, on its own device. `tensor_parallel` = k makes k neighbours one engine,

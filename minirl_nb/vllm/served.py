@@ -3,7 +3,7 @@ has the tokens, the log-probabilities (to rounding) and the experts of an engine
 Its weights are verified matrix by matrix as there, and no response of a server that lost its
 weights is ever trained on. False if a token differs, or if a restarted server answers unnoticed.
 
-This room holds `ServedEngine`. Inside the ranks (engine) vLLM and the trainer take turns on the
+This module holds `ServedEngine`. Inside the ranks (engine) vLLM and the trainer take turns on the
 same GPUs. Apart, each has its own: the trainer is sized for training, and as many servers are
 started as generation needs. Long responses are most of a run's time, so this is how one scales that
 part alone. What is new is a wire between the two, and with it everything that a wire brings: a

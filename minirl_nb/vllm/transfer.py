@@ -2,7 +2,7 @@
 is caught, and the tensor is named, before anything is sampled. No full copy of the model is needed
 for that. False if a stale matrix goes unnoticed.
 
-This room holds the trainer's side of a transfer: the stream of tensors, their names, and what the
+This module holds the trainer's side of a transfer: the stream of tensors, their names, and what the
 matrices inside vLLM should answer. Three decisions carry it.
 
 - **Names of a checkpoint.** transformers fuses experts in memory and splits them in a checkpoint;

@@ -2,7 +2,7 @@
 its packing, fusion or quantisation, and each row of the matrix shows in its own number of the
 answer. False if a matrix can change without changing its answer.
 
-This room holds the methods that run where vLLM's model lives, in this process or in another one:
+This module holds the methods that run where vLLM's model lives, in this process or in another one:
 load weights, describe the worker, answer questions about matrices. Workers call them by name, with
 a path as argument. Tensors travel in safetensors files in shared memory, so that no process ever
 unpickles what another one wrote.
