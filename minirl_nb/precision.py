@@ -41,7 +41,7 @@ from .evaluate import student_quantile
 from .parity import teacher_forced
 from .parsing import parse_config
 from .rollout import Sampling, TorchEngine
-from .routing import compare, record, routers
+from .routing import compare, record, routers_or_none
 from .weights import log_ratio, ratio_stats
 
 # %% ../nbs/13c_precision.ipynb #d98ce2ee
@@ -88,10 +88,7 @@ def measure(
     rows: int = 64,  # responses in one forward of the trainer
 ) -> Measured:
     "Sample with a rounded engine, score with the trainer. ValueError: an unknown scheme."
-    try:
-        moe = bool(routers(model))
-    except TypeError:  # a dense model
-        moe = False
+    moe = bool(routers_or_none(model))
     engine = TorchEngine(model, fp8=scheme, routes=moe)
     whole = engine.generate(prompts, sampling)
     chunks = [whole.select(chunk) for chunk in torch.arange(len(whole)).split(rows)]

@@ -202,13 +202,10 @@ class Run:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(data_path(config.model.path))
-        try:
-            self.routers = routing.routers(self.model)
-        except TypeError:
-            if config.objective.replay in ("R2", "R3"):
-                raise
-            self.routers = {}
-        else:
+        needed = config.objective.replay in ("R2", "R3")
+        find_routers = routing.routers if needed else routing.routers_or_none
+        self.routers = find_routers(self.model)
+        if self.routers:
             self.model.set_experts_implementation(config.model.experts)
         self.replay = replay_of(config, bool(self.routers))
         if config.model.gradient_checkpointing:

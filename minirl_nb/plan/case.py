@@ -155,14 +155,6 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _routers(model: nn.Module) -> list:
-    "The routers of a model; none in a dense one."
-    try:
-        return list(routing.routers(model).values())
-    except TypeError:
-        return []
-
-
 def _period(kinds: list) -> tuple[int, int]:
     "First layer of the repeating part and its period, the earliest and shortest that hold."
 
@@ -180,7 +172,7 @@ def _period(kinds: list) -> tuple[int, int]:
 def shape(config: Any) -> Shape:
     "The `Shape` of a model, from its Hugging Face config."
     model, text = skeleton(config), config.get_text_config()
-    routers = _routers(model)
+    routers = list(routing.routers_or_none(model).values())
     E = max((router.experts for router in routers), default=0)
     K = max((router.top_k for router in routers), default=0)
     total = _parameters(model)
