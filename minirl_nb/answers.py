@@ -2,7 +2,7 @@
 thinking, wherever in the response that box stands. A response that is cut off before it answers, or
 that is read by something else it mentions, makes the claim false.
 
-This room holds what a verifier judges by (`Problem`), what it lets pass (`Rules`), and how the
+This module holds what a verifier judges by (`Problem`), what it lets pass (`Rules`), and how the
 answer is found in a response. `equality`, `notation` and `values` say whether it is the right one.
 """
 

@@ -2,7 +2,7 @@
 bytes on every machine, and no benchmark problem, in either order of its factors, is among the
 training problems. One shared problem makes the claim false.
 
-This room holds the problems of the built-in task, its tokenizer of sixteen symbols, and its
+This module holds the problems of the built-in task, its tokenizer of sixteen symbols, and its
 verifier.
 """
 

@@ -4,7 +4,7 @@ narrows the interval around it, down to a floor that the list of problems sets. 
 pinned by name here: a list that is not the one its name promises is refused before anything is
 generated. A changed problem list that loads in silence makes the claim false.
 
-This room holds the published sets by name and their reader. Importing it lets `tasks.load` know
+This module holds the published sets by name and their reader. Importing it lets `tasks.load` know
 these names.
 """
 

@@ -68,13 +68,13 @@ TEACHERS: dict[str, tuple[Callable[[int, int], tuple[str, str]], ...]] = {
 
 
 def teach(problem: Problem, teacher: str, corruption: float, rng: random.Random) -> str:
-    """One response of a teacher to `a*b`: in half of the cases the short chain; each digit is
+    """One response of a teacher to `a*b`: in half of the cases the shorter working; each digit is
     replaced by any with rate `corruption`."""
     a, b = map(int, problem.problem.split("*"))
-    chain = rng.choice(rng.choice(TEACHERS[teacher])(a, b))
+    working = rng.choice(rng.choice(TEACHERS[teacher])(a, b))
     return "".join(
         str(rng.randrange(10)) if c.isdigit() and rng.random() < corruption else c
-        for c in f"{chain}={problem.answer}."
+        for c in f"{working}={problem.answer}."
     )
 
 # %% ../nbs/12_coldstart.ipynb #eaafc6a2

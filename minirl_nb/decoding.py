@@ -3,7 +3,7 @@ the request's number. It does not depend on the other requests, because each req
 stream of its own. False if the sampled frequencies are not the probabilities, or if a token of
 probability zero is ever chosen.
 
-This room holds what an engine of our own is made of: the settings of a call, the random streams,
+This module holds what an engine of our own is made of: the settings of a call, the random streams,
 the choice of one token, and the cache in which responses of different lengths share a batch.
 `10_rollout` builds the engine from them.
 """

@@ -69,9 +69,9 @@ def grouped(x: Tensor, size: int = BLOCK) -> Tensor:
 def _activation(x: Tensor, kind: str) -> Tensor:
     if kind == "group" and x.shape[-1] > BLOCK:
         return _activation(grouped(x), "token").flatten(-2)[..., : x.shape[-1]]
-    wide = x if x.dtype == torch.float32 else x.float()
-    scale = token_scale(wide)
-    return _round_(wide / scale).mul_(scale).to(x.dtype)
+    x32 = x if x.dtype == torch.float32 else x.float()
+    scale = token_scale(x32)
+    return _round_(x32 / scale).mul_(scale).to(x.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):

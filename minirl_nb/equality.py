@@ -3,7 +3,7 @@ large; two expressions with variables, if and only if sympy proves it wherever b
 different numbers that pass for equal make the claim false.
 
 math-verify parses LaTeX and compares expressions with sympy, and what it says is the verdict on
-most answers. This room asks it, makes two of its comparisons exact, and makes its parser faster.
+most answers. This module asks it, makes two of its comparisons exact, and makes its parser faster.
 Nothing here is protected against answers that take forever.
 """
 
@@ -78,11 +78,11 @@ def _terminates(number: Any) -> bool:
 
     if not isinstance(number, Rational):
         return False
-    rest = number.q
+    cofactor = number.q
     for factor in (2, 5):
-        while rest % factor == 0:
-            rest //= factor
-    return rest == 1
+        while cofactor % factor == 0:
+            cofactor //= factor
+    return cofactor == 1
 
 # %% ../nbs/09_equality.ipynb #d04e3847
 def _same_number(gold: Any, given: Any, *_: Any) -> bool:

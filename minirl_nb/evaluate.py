@@ -198,8 +198,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
 
     def line(cells):
-        first, *rest = [(cell, width) for cell, width in zip(cells, widths)]
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+        first, *others = [(cell, width) for cell, width in zip(cells, widths)]
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
 
     return "\n".join([line(header), "-" * len(line(header)), *map(line, rows)])
 

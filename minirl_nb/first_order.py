@@ -5,8 +5,14 @@ Refuted by: gradients that differ by more than $10^{-12}$ where $\theta = \theta
 \pi$; a slope other than 2 and 1 away from there; a remainder of the closed forms that is not one
 order smaller.
 
-This room holds `ShiftedProblem`, a listed policy whose rollout engine and parameters can be shifted
-by a given size; the pages on the approximation and on its meter measure with it.
+Words: $\mu$ is the rollout engine that samples the responses, $\pi_\theta$ the policy that is
+trained, $\theta_{old}$ its parameters when the responses were sampled. The *shift* of a token is
+the distance of its ratio $\pi_\theta/\mu$ from one. A *listed* policy (page `00_exact`) is so small
+that all its responses can be written down, so that expectations are finite sums. Credit is
+*diffuse* if the reward depends on the response as a whole, and *local* if a token is paid for what
+stands near it. Equation numbers are the paper's. This module holds `ShiftedProblem`, a listed
+policy whose rollout engine and parameters can be shifted by a given size; the pages on the
+approximation and on its meter measure with it.
 
 In short: shift every token by 1% and the objectives are $10^{-5}$ apart, the gradients
 $3\cdot10^{-3}$ in absolute terms. The gradient's relative error grows as $\sqrt{T-1}$ with the

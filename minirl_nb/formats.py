@@ -115,11 +115,11 @@ def quantize_blocks(
 
 def _round_rows(x: Tensor, form: BlockFormat, whole: Tensor | None = None) -> Tensor:
     "Rows [..., H], quantised and dequantised."
-    wide = x if x.dtype == torch.float32 else x.float()
+    x32 = x if x.dtype == torch.float32 else x.float()
     if form.block is None:
-        numbers, scale = quantize_blocks(wide, form)
+        numbers, scale = quantize_blocks(x32, form)
         return numbers.mul_(scale).to(x.dtype)
-    numbers, scale = quantize_blocks(grouped(wide, form.block), form, whole)
+    numbers, scale = quantize_blocks(grouped(x32, form.block), form, whole)
     return numbers.mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 # %% ../nbs/08_formats.ipynb #6afb0f31

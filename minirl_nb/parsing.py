@@ -187,9 +187,9 @@ def apply_changes(config: Any, values: dict[str, Any]) -> Any:
     checked again."""
     own, sections = {}, {}
     for key, value in values.items():
-        section, dot, rest = key.partition(".")
+        section, dot, option = key.partition(".")
         if dot:
-            sections.setdefault(section, {})[rest] = value
+            sections.setdefault(section, {})[option] = value
         else:
             own[key] = value
     for section, inner in sections.items():

@@ -41,7 +41,7 @@ from .evaluate import student_quantile
 from .parity import teacher_forced
 from .parsing import parse_config
 from .rollout import Sampling, TorchEngine
-from .routing import compare, record, routers
+from .routing import compare, record, routers_or_none
 from .weights import log_ratio, ratio_stats
 
 # %% ../nbs/13c_precision.ipynb #d98ce2ee
@@ -88,10 +88,7 @@ def measure(
     rows: int = 64,  # responses in one forward of the trainer
 ) -> Measured:
     "Sample with a rounded engine, score with the trainer. ValueError: an unknown scheme."
-    try:
-        moe = bool(routers(model))
-    except TypeError:  # a dense model
-        moe = False
+    moe = bool(routers_or_none(model))
     engine = TorchEngine(model, fp8=scheme, routes=moe)
     whole = engine.generate(prompts, sampling)
     chunks = [whole.select(chunk) for chunk in torch.arange(len(whole)).split(rows)]
@@ -190,10 +187,10 @@ class PrecisionConfig:
     """JSON file for the numbers; empty: they are only printed."""
 
 # %% ../nbs/13c_precision.ipynb #f2dec498
-def lengths_up_to(most: int) -> list[int]:
+def lengths_up_to(longest: int) -> list[int]:
     "8, 12, 16, 24, 32, 48, 64, ...: about equal steps on a logarithmic axis."
-    powers = [2**k for k in range(3, max(4, most.bit_length()))]
-    return sorted({t for p in powers for t in (p, p * 3 // 2) if t <= most} | {most})
+    powers = [2**k for k in range(3, max(4, longest.bit_length()))]
+    return sorted({t for p in powers for t in (p, p * 3 // 2) if t <= longest} | {longest})
 
 
 def run(config: PrecisionConfig) -> list[dict]:

@@ -10,7 +10,7 @@ routing is not a function of a token and what precedes it is refused, with the r
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'EXPERT_COUNTS', 'TOP_K_NAMES', 'Router', 'Adapter', 'expert_count',
-           'routers']
+           'routers', 'routers_or_none']
 
 # %% ../nbs/06c_routers.ipynb #68455959
 from dataclasses import dataclass, field
@@ -158,3 +158,11 @@ def routers(model: nn.Module) -> dict[str, Router]:
             f"{type(model).__name__} has no router: no routed experts to record or replay"
         )
     return found
+
+
+def routers_or_none(model: nn.Module) -> dict[str, Router]:
+    "`routers`, or an empty dict where that would be a TypeError: for runs that need no replay."
+    try:
+        return routers(model)
+    except TypeError:
+        return {}

@@ -45,7 +45,7 @@ def check_routes(
     """
     _check_form(routes, valid, names, experts, top_k)
     n = int(valid.sum())
-    many = n >= (1 if top_k > 1 else 32)  # one expert per token may well be number 0 for a few
+    enough = n >= (1 if top_k > 1 else 32)  # one expert per token may well be number 0 for a few
     refused = []
     for layer, E in enumerate(experts):
         rows = (
@@ -54,20 +54,20 @@ def check_routes(
         impossible = ((rows < 0) | (rows >= E)).any(0)
         for j in range(1, top_k):
             impossible |= (rows[:j] == rows[j]).any(0)
-        all_zero = (~rows.bool().any(0) | ~valid).all() & many
+        all_zero = (~rows.bool().any(0) | ~valid).all() & enough
         refused.append((impossible & valid).any() | all_zero)
     refused = torch.stack(refused)
     if bool(refused.any()):  # the one moment to wait for the device
-        _refuse(routes, valid, names, experts, int(refused.nonzero()[0]), n if many else 0)
+        _refuse(routes, valid, names, experts, int(refused.nonzero()[0]), n if enough else 0)
 
 # %% ../nbs/06d_routes.ipynb #a4869312
-def _refuse(routes, valid, names, experts, layer, many):
-    "The ValueError of `check_routes`; `layer` is the first that is wrong, `many` the valid rows."
+def _refuse(routes, valid, names, experts, layer, recorded):
+    "The ValueError of `check_routes`: `layer` is the first wrong one of `recorded` valid rows."
     where = f"{names[layer]} (layer {layer})"
     rows = routes[:, :, layer].to(torch.int64)
-    if many and not bool(rows[valid].any()):
+    if recorded and not bool(rows[valid].any()):
         raise ValueError(
-            f"{where}: all {many} valid rows are zero: the engine has not recorded this layer"
+            f"{where}: all {recorded} valid rows are zero: the engine has not recorded this layer"
         )
     bad = torch.stack([_impossible(routes[:, :, i], E) & valid for i, E in enumerate(experts)])
     b, t = bad[layer].nonzero()[0].tolist()
@@ -99,18 +99,20 @@ def _extent(bad: Tensor) -> str:
 # %% ../nbs/06d_routes.ipynb #60480a75
 def _check_form(routes, valid, names, experts, top_k):
     "ValueError for a type or shape that does not fit the model."
-    L, most = len(names), max(experts)
+    L, most_experts = len(names), max(experts)
     if routes.dtype not in (torch.uint8, torch.uint16):
-        raise ValueError(f"routes are {routes.dtype}; keep them packed, as {routes_dtype(most)}")
+        raise ValueError(
+            f"routes are {routes.dtype}; keep them packed, as {routes_dtype(most_experts)}"
+        )
     if routes.ndim != 4 or routes.shape[2:] != (L, top_k):
         raise ValueError(
             f"routes {list(routes.shape)} must be [B, T, L, K] with L = {L} routers and K = "
             f"{top_k} experts a token"
         )
-    if most > 256 and routes.dtype == torch.uint8:
+    if most_experts > 256 and routes.dtype == torch.uint8:
         raise ValueError(
-            f"routes are torch.uint8, but {names[experts.index(most)]} has {most} experts; use "
-            "torch.uint16"
+            f"routes are torch.uint8, but {names[experts.index(most_experts)]} has {most_experts} "
+            "experts; use torch.uint16"
         )
     if valid.dtype != torch.bool or valid.shape != routes.shape[:2]:
         raise ValueError(
@@ -136,8 +138,8 @@ def read_routes(
         )
     values = given[: tokens - 1].to(torch.int64)
     valid = ~(values == -1).flatten(1).all(1)
-    most = torch.tensor(experts, device=values.device)[:, None]
-    bad = ((values < 0) | (values >= most)).any(-1).T & valid  # [L, n]
+    limits = torch.tensor(experts, device=values.device)[:, None]
+    bad = ((values < 0) | (values >= limits)).any(-1).T & valid  # [L, n]
     if bad.any():
         layer, t = bad.nonzero()[0].tolist()
         raise ValueError(

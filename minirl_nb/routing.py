@@ -11,8 +11,8 @@ shows how, in torch.
 
 # %% auto #0
 __all__ = ['record', 'replay', 'ADAPTERS', 'EXPERT_COUNTS', 'Adapter', 'Router', 'expert_count',
-           'routers', 'Flips', 'check', 'check_routes', 'compare', 'read_routes', 'routes_dtype',
-           'Replay', 'resolve']
+           'routers', 'routers_or_none', 'Flips', 'check', 'check_routes', 'compare', 'read_routes',
+           'routes_dtype', 'Replay', 'resolve']
 
 # %% ../nbs/07a_replay.ipynb #bc1d33d7
 import sys
@@ -36,6 +36,7 @@ from minirl_nb.routers import (
     Router,
     expert_count,  # noqa: F401
     routers,
+    routers_or_none,  # noqa: F401
 )
 from minirl_nb.routes import (  # noqa: F401
     Flips,
@@ -47,6 +48,7 @@ from minirl_nb.routes import (  # noqa: F401
 )
 
 _all_ = ["ADAPTERS", "EXPERT_COUNTS", "Adapter", "Router", "expert_count", "routers"]
+_all_ += ["routers_or_none"]
 _all_ += ["Flips", "check", "check_routes", "compare", "read_routes", "routes_dtype"]
 _all_ += ["Replay", "resolve"]
 

@@ -1,6 +1,6 @@
-"""**Claim.** What a run will do next depends on its config, its weights, its optimiser and three
-counters, and on nothing else: no generator's state, no clock, no order of events. A run that goes
-on differently from the same state refutes it.
+"""**Claim.** What a run will do next depends on its config, its weights, its optimiser, two
+counters and the band of the parity probe, and on nothing else: no generator's state, no clock, no
+order of events. A run that goes on differently from the same state refutes it.
 
 `Run` holds that state and what the phases of a step share: which problems come next, micro-batches,
 log-probabilities, and the context in which routes are replayed. `Step` is one rollout step on its
@@ -88,7 +88,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 # %% ../nbs/14g_run.ipynb #a562d80c
 @dataclass
 class Step:
-    "A rollout step on its way to the updates: the rollout, and what pi_old thought of it."
+    "A rollout step on its way to the updates: the rollout, and what pi_old computed for it."
 
     rollout: Rollout  # its `routes` are those that every forward replays; None without replay
     advantage: Tensor  # [B]
@@ -104,7 +104,7 @@ class Step:
     """Live routes of pi_old on each mini-batch's monitored rows."""
 
 
-# What a rank computes on when it has no micro-batch left and others have: one token, no advantage
+# A rank whose micro-batches are done computes on this while others work: one token, no advantage
 _PADDING = Rollout(
     tokens=torch.zeros(1, 2, dtype=torch.long),
     prompt_length=torch.ones(1, dtype=torch.long),
@@ -149,7 +149,7 @@ def make_engine(run: "Run") -> Engine:
         return ServedEngine(rollout.servers, run.model, run.tokenizer, **options)
     from minirl_nb.vllm.engine import VLLMEngine
 
-    # after a rollout come new weights: those that sampled need not be kept while it sleeps
+    # a transfer follows each rollout, so a sleeping engine need not keep its weights
     options |= {"sleep_level": 2, "tensor_parallel": rollout.tensor_parallel} | rollout.options
     return VLLMEngine(run.model, run.tokenizer, **options)
 
@@ -157,13 +157,13 @@ def make_engine(run: "Run") -> Engine:
 class Run:
     """The state of one training run, and what its phases share.
 
-    ValueError and its kin: what `checks.check` says, and the sentence of `refuse`."""
+    Errors: those of `checks.check`; ValueError with the sentence that `refuse` returns."""
 
     def __init__(
         self,
         config: RunConfig,
         world: World | None = None,
-        # of a config and a number of processes: why they cannot run here, or None
+        # given a config and a number of processes: why they cannot run here, or None
         refuse: Callable[[RunConfig, int], str | None] | None = None,
     ):
         self.world, self.config = world or World(), config
@@ -202,13 +202,10 @@ class Run:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(data_path(config.model.path))
-        try:
-            self.routers = routing.routers(self.model)
-        except TypeError:
-            if config.objective.replay in ("R2", "R3"):
-                raise
-            self.routers = {}
-        else:
+        needed = config.objective.replay in ("R2", "R3")
+        find_routers = routing.routers if needed else routing.routers_or_none
+        self.routers = find_routers(self.model)
+        if self.routers:
             self.model.set_experts_implementation(config.model.experts)
         self.replay = replay_of(config, bool(self.routers))
         if config.model.gradient_checkpointing:
@@ -315,7 +312,7 @@ class Run:
         self.complete_checkpoint()
 
     def complete_checkpoint(self, wait: bool = False) -> None:
-        "Give a checkpoint its name once it is written; with `wait`, be sure that it has it."
+        "Give the checkpoint its name if it is written; with `wait`, wait until it is."
         if self._complete_checkpoint is not None and self._complete_checkpoint(wait):
             self._complete_checkpoint = None
 
@@ -335,7 +332,7 @@ class Run:
         return out
 
     def is_due(self, every: int) -> bool:
-        "Has a multiple of `every` gradient steps been passed in this rollout step?"
+        "Has this rollout step passed a multiple of `every` gradient steps?"
         if every <= 0:
             return False
         return self.step // every > (self.step - self.config.batch.updates) // every
@@ -345,15 +342,15 @@ class Run:
 
     # ------------------------------------------------------------------ computing with the policy
     def cost(self, length: Tensor) -> Tensor:
-        """How long a response takes, in units of a token. Matrices work in proportion to its
-        length, attention to its square; they take the same for a length of active parameters /
+        """How long a response takes, in units of a token. Matrix products grow with its length,
+        attention with its square; both take the same time at a length of active parameters /
         (layers x heads x head size) tokens, about 16,000 for Qwen3-30B-A3B."""
         return length * (1 + length / self._balance_length)
 
     def microbatches(self, rollout: Rollout, rows: Tensor) -> Iterator[tuple[Tensor, Rollout]]:
-        """Micro-batches of some rows: their numbers, and the part. Every rank gets equally many,
-        because a sharded layer runs only where all ranks run it; the missing ones have no rows and
-        a part that is padding."""
+        """Micro-batches of some rows: the numbers of the rows, and the rows themselves. Every rank
+        gets equally many, because a sharded layer runs only where all ranks run it; one that is
+        missing has no numbers, and padding in place of rows."""
         b = self.config.batch
         length = rollout.length[rows]
         cut = batch.microbatches(length, b.tokens, b.max_padding, packed=b.packed)
@@ -405,7 +402,7 @@ class Run:
         )
 
     def gather_rows(self, columns: list[Tensor]) -> list[Tensor] | None:
-        "Columns [b] and [b, T] of all ranks' rows one below the other, on rank 0; else None."
+        "Columns [b] and [b, T] with the rows of all ranks, on rank 0; None on the others."
         given = self.world.gather_to_chief(columns)
         if given is None or len(given) == 1:
             return given and given[0]

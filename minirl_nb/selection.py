@@ -3,7 +3,7 @@ problems with two answers and answers that cannot be judged, and says why it too
 does not depend on the order of the input. A copy that differs in typing, case, layout or a few
 words and passes makes the claim false.
 
-This room holds `words` and `Overlap`, by which texts are compared, the tests of answers,
+This module holds `words` and `Overlap`, by which texts are compared, the tests of answers,
 `filter_problems`, and `pass_rates`, which measures how often a policy solves each problem.
 """
 
@@ -414,7 +414,7 @@ def make_problems(config: ProblemsConfig) -> Filtered:
     if out.suffix != ".jsonl":
         raise ValueError(f"output is {config.output}; it must be a .jsonl file")
 
-    def beside(what: str) -> Path:
+    def companion_file(what: str) -> Path:
         return out.with_name(f"{out.stem}.{what}")
 
     rates = _rates(config)
@@ -431,11 +431,11 @@ def make_problems(config: ProblemsConfig) -> Filtered:
         low=config.low,
         high=config.high,
         seed=config.seed,
-        verdicts=beside("verdicts.jsonl"),
+        verdicts=companion_file("verdicts.jsonl"),
     )
     write_jsonl(out, result.problems)
     dropped = [json_line(id=i, step=step, why=why) for i, step, why in result.dropped]
-    beside("dropped.jsonl").write_text("".join(dropped), encoding="utf-8")
+    companion_file("dropped.jsonl").write_text("".join(dropped), encoding="utf-8")
     report = {
         "settings": asdict(config),
         "math-verify": importlib.metadata.version("math-verify"),
@@ -447,7 +447,7 @@ def make_problems(config: ProblemsConfig) -> Filtered:
         "file_sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
     }
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    beside("report.json").write_text(text, encoding="utf-8")
+    companion_file("report.json").write_text(text, encoding="utf-8")
     return result
 
 # %% ../nbs/09d_selection.ipynb #5a0eb673

@@ -4,7 +4,7 @@ the claim false.
 
 The multiplications of `09a_arithmetic` have a vocabulary of their own. A pretrained model has a
 real tokenizer, and its problems are sentences: one sum or one difference of numbers below 60. This
-room writes them, and the traces of a teacher that shows the form of an answer: the calculation,
+module writes them, and the traces of a teacher that shows the form of an answer: the calculation,
 then the result in a box.
 """
 

@@ -61,8 +61,11 @@ def displacement(
     p, q = log_p.exp(), log_q.exp()
     if measure == "tv":
         return p - q
-    rest = (-torch.expm1(log_q)).clamp(min=_SMALLEST), (-torch.expm1(log_p)).clamp(min=_SMALLEST)
-    kl = -q * log_r + rest[0] * (rest[0].log() - rest[1].log())
+    q_other, p_other = (
+        (-torch.expm1(log_q)).clamp(min=_SMALLEST),
+        (-torch.expm1(log_p)).clamp(min=_SMALLEST),
+    )
+    kl = -q * log_r + q_other * (q_other.log() - p_other.log())
     return log_r.sign() * kl.clamp(min=0)
 
 # %% ../nbs/02c_trust_region.ipynb #3185adad

@@ -1,14 +1,15 @@
 """**Claim.** Log-probabilities alone say how far the token-level surrogate of a real step is from
-the sequence-level objective. The KL divergence of the neglected tokens bounds the gradient's error
-for any reward, up to the size of rewards and scores; total variation bounds it for bounded ones. On
-settings whose shifts span 2% to 60% per token both rank the true error above 0.9. Among settings
-that are all strongly shifted no measure ranks well (0.6 to 0.7). Over responses of thousands of
-tokens no bound says anything, so a run is judged by the shift within 32 tokens. Refuted by: an
-error above its bound; a value that is not the total variation distance where all scores have one
-size; a Spearman correlation below 0.9 on unseen settings from 2% to 60% per token; a sampled value
-that does not follow the exact one.
+the sequence-level objective. The KL divergence of the tokens whose ratios the surrogate leaves out
+bounds the gradient's error for any reward, up to the size of rewards and scores; total variation
+bounds it for bounded ones. On settings (a policy with its rewards, an engine, an update) whose
+shifts span 2% to 60% per token, both rank the true error with a correlation above 0.9. Among
+settings that are all strongly shifted no measure ranks well (0.6 to 0.7). Over responses of
+thousands of tokens no bound says anything, so a run is judged by the shift within 32 tokens.
+Refuted by: an error above its bound; a value that is not the total variation distance where all
+scores have one size; a Spearman correlation below 0.9 on unseen settings from 2% to 60% per token;
+a sampled value that does not follow the exact one.
 
-This room holds the meter, `validity`, and the limit at which the surrogate's error is as long as
+This module holds the meter, `validity`, and the limit at which the surrogate's error is as long as
 the gradient.
 """
 

@@ -2,7 +2,7 @@
 the ones that make a computer algebra system run forever or eat all memory. One response that
 raises, hangs or is paid for a wrong answer makes the claim false.
 
-This room holds `Pool`, the worker processes that check answers under limits of processor time and
+This module holds `Pool`, the worker processes that check answers under limits of processor time and
 memory, and the verifiers that use it.
 """
 

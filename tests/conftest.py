@@ -50,7 +50,9 @@ NUMERICS = {
     "test_formats.py": "rounding",
     "test_one_page.py": "the entry page against the loop",
     "test_validity.py": "the meters of the approximation",
-    "test_rollout.py": "sampling, and probes of an engine",
+    "test_decoding.py": "the choice of a token",
+    "test_parity.py": "probes of an engine",
+    "test_rollout.py": "sampling",
     "test_precision.py": "sampling of rounded engines",
     "test_parity_depth.py": "probes of an engine of 30 layers",
     "test_coldstart.py": "losses of a short training",
@@ -169,7 +171,16 @@ def no_progress_bars():
 def process_as_found():
     """A file of tests leaves its process as the next one expects it: no process group, no thread
     setting of its own, and nothing that the processes of later tests would inherit."""
-    inherited = ("LD_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TMPDIR", "TORCHINDUCTOR_CACHE")
+    inherited = (
+        "LD_",
+        "OMP_",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "TMPDIR",
+        "TORCHINDUCTOR_CACHE",
+    )
 
     def state():
         variables = {k: v for k, v in os.environ.items() if k.startswith(inherited)}

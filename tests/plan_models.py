@@ -28,7 +28,7 @@ MIXTURE = Qwen3MoeConfig(
 THIN = Qwen3MoeConfig(**MIXTURE.to_dict() | {"num_hidden_layers": 3})  # run whole: quick to plan
 DENSE = Qwen3Config(num_hidden_layers=4, **SMALL)
 TIED = Qwen3Config(num_hidden_layers=2, **SMALL | {"tie_word_embeddings": True})
-CPU = replace(Cluster.of("h100", 1), gpu="cpu")
+CPU = replace(Cluster.with_gpus("h100", 1), gpu="cpu")
 
 
 def case_of(hf_config, settings=None, cluster=CPU, **assumptions):

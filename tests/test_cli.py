@@ -120,7 +120,7 @@ def test_one_word_of_a_cluster_asks_for_another_than_this(words, found, monkeypa
         asked.append((cluster.gpu, cluster.gpus, cluster.gpus_per_node))
         raise ValueError("enough")
 
-    here = replace(plan.Cluster.of("h100", 1), gpu="here")
+    here = replace(plan.Cluster.with_gpus("h100", 1), gpu="here")
     monkeypatch.setattr(plan.Cluster, "here", classmethod(lambda cls, processes=None: here))
     monkeypatch.setattr(plan, "plan", planned)
     assert main(["plan", *words]) == 2 and asked == [found]

@@ -35,7 +35,7 @@ BIG = {
 def test_larger_global_batches_and_shorter_responses_are_cheaper(mixture):
     def cost(mean=0.4, **changes):
         assume, config = Assumptions(mean_length=mean), small(mixture, **changes)
-        found = plan.plan(config, Cluster.of("h100", 8), assume, search=False)
+        found = plan.plan(config, Cluster.with_gpus("h100", 8), assume, search=False)
         return found.numbers["gpu hours a gradient step"]
 
     assert cost(**{"batch.updates": 8}) < cost()
@@ -45,13 +45,13 @@ def test_larger_global_batches_and_shorter_responses_are_cheaper(mixture):
 def test_a_lower_bound_never_refuses_what_the_plan_lets_pass(mixture):
     config = small(mixture)
     for memory in (0.01, 0.1, 1.0, 1.6, 3.0, 5.0, 6.0, 20.0):
-        cluster = replace(Cluster.of("h100", 8), memory=memory * GiB)
+        cluster = replace(Cluster.with_gpus("h100", 8), memory=memory * GiB)
         said = refuse(config, cluster)
         if said:
             assert not plan.plan(config, cluster, search=False).fits, (memory, said)
         else:
             assert memory > 1
-    assert refuse(config, Cluster.of("h100", 8)) is None
+    assert refuse(config, Cluster.with_gpus("h100", 8)) is None
 
 
 def test_a_launch_asks_about_this_machine(mixture, monkeypatch):
@@ -59,7 +59,7 @@ def test_a_launch_asks_about_this_machine(mixture, monkeypatch):
 
     def here(cls, processes=None):
         asked.append(processes)
-        return replace(Cluster.of("h100", processes), memory=2**20)
+        return replace(Cluster.with_gpus("h100", processes), memory=2**20)
 
     monkeypatch.setattr(Cluster, "here", classmethod(here))
     said = plan.refuse_if_too_large(small(mixture), 4)
@@ -68,22 +68,22 @@ def test_a_launch_asks_about_this_machine(mixture, monkeypatch):
 
 def test_refusals_of_the_30b_model_are_one_sentence_with_the_largest_term():
     config = load_config(None, BIG)
-    said = refuse(config, Cluster.of("a100-40", 8))
+    said = refuse(config, Cluster.with_gpus("a100-40", 8))
     assert (
         "optimiser states" in said
         and "parallel.offload" in said
         and "\n" not in said
         and said.count(". ") == 0
     )
-    assert refuse(config, Cluster.of("h100", 64)) is None
+    assert refuse(config, Cluster.with_gpus("h100", 64)) is None
     hours = load_config(
         None, BIG | {"model.gradient_checkpointing": False, "rollout.max_new_tokens": 40000}
     )
     assert "activations" in refuse(
-        hours, Cluster.of("h100", 64)
-    ) and "gradient_checkpointing" in refuse(hours, Cluster.of("h100", 64))
+        hours, Cluster.with_gpus("h100", 64)
+    ) and "gradient_checkpointing" in refuse(hours, Cluster.with_gpus("h100", 64))
     offload = load_config(None, BIG | {"parallel.offload": True})
-    assert "host memory" in refuse(offload, replace(Cluster.of("h100", 8), host=400 * GiB))
+    assert "host memory" in refuse(offload, replace(Cluster.with_gpus("h100", 8), host=400 * GiB))
 
 
 def test_bad_layouts_end_in_one_sentence(mixture):
@@ -94,17 +94,17 @@ def test_bad_layouts_end_in_one_sentence(mixture):
         ({"parallel.expert": 8, "parallel.shard": 4}, "parallel.expert"),
     ):
         with pytest.raises(ValueError, match=word):
-            plan.plan(small(mixture, **over), Cluster.of("h100", 8))
+            plan.plan(small(mixture, **over), Cluster.with_gpus("h100", 8))
 
 
 def test_a_plan_leaves_no_processes_behind(mixture):
     import torch.distributed as dist
 
-    plan.plan(small(mixture, **{"batch.tokens": 2000}), Cluster.of("h100", 4), search=False)
+    plan.plan(small(mixture, **{"batch.tokens": 2000}), Cluster.with_gpus("h100", 4), search=False)
     assert not dist.is_initialized()
     with fake_processes(2):
         with pytest.raises(RuntimeError, match="before torch.distributed is started"):
-            plan.plan(small(mixture), Cluster.of("h100", 8), search=False)
+            plan.plan(small(mixture), Cluster.with_gpus("h100", 8), search=False)
     assert not dist.is_initialized()
 
 
@@ -159,7 +159,9 @@ def test_a_run_that_cannot_fit_ends_before_weights_are_loaded(
     monkeypatch.setattr(
         Cluster,
         "here",
-        classmethod(lambda cls, processes=None: replace(Cluster.of("h100", 1), memory=2**20)),
+        classmethod(
+            lambda cls, processes=None: replace(Cluster.with_gpus("h100", 1), memory=2**20)
+        ),
     )
     assert (
         main(

@@ -35,7 +35,9 @@ def test_configs_of_the_recipes_need_no_hub(name, parameters, experts, monkeypat
 def test_every_recipe_names_a_model_that_can_be_planned():
     for name in recipes():
         path = load_config(name).model.path
-        assert path in PUBLISHED or path.startswith(("data/", "../data/", "models/")), name  # made, not published
+        assert path in PUBLISHED or path.startswith(("data/", "../data/", "models/")), (
+            name
+        )  # made, not published
 
 
 def test_unknown_models_in_one_sentence():

@@ -7,13 +7,16 @@ from minirl_nb.plan.cluster import GPUS, Assumptions, Cluster
 
 
 def test_gpus_by_name_and_what_is_refused():
-    c = Cluster.of("H100", 64)
+    c = Cluster.with_gpus("H100", 64)
     assert (c.gpu, c.nodes, c.gpus_per_node) == ("h100", 8, 8) and c.memory == GPUS["h100"].memory
-    assert Cluster.of("a100", 2).gpu == "a100-80" and Cluster.of("a100", 2).gpus_per_node == 2
+    assert (
+        Cluster.with_gpus("a100", 2).gpu == "a100-80"
+        and Cluster.with_gpus("a100", 2).gpus_per_node == 2
+    )
     assert all(g.fp8 >= g.bf16 > g.float32 and g.link >= g.network for g in GPUS.values())
     for words in (("h1000", 8), ("h100", 0)):
         with pytest.raises(ValueError, match="known are a100-40|must be positive"):
-            Cluster.of(*words)
+            Cluster.with_gpus(*words)
 
 
 def test_here_looks_at_this_machine(monkeypatch):

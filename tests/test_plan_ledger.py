@@ -51,7 +51,7 @@ def test_fake_tensors_take_what_real_ones_take(hf_config, checkpointing):
 
 def test_gathered_and_scattered_bytes():
     "In a ring each rank sends all but one share of a whole tensor of 1,600 bytes, on one node."
-    ledger = Ledger(Cluster.of("h100", 4), Assumptions())
+    ledger = Ledger(Cluster.with_gpus("h100", 4), Assumptions())
     with fake_processes(4), ledger:
         part, all_of_it = torch.ones(100), torch.ones(400)
         dist.all_gather_into_tensor(torch.empty(400), part)

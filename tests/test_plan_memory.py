@@ -12,7 +12,7 @@ from minirl_nb.plan import Cluster, GiB, shape
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_largest_micro_batch_is_the_largest(mixture, offload):
-    cluster = replace(Cluster.of("h100", 8), memory=6 * GiB)
+    cluster = replace(Cluster.with_gpus("h100", 8), memory=6 * GiB)
     found = plan.plan(small(mixture, **{"parallel.offload": offload}), cluster)
     most = int(found.numbers["largest micro-batch"])
 
@@ -26,7 +26,9 @@ def test_the_largest_micro_batch_is_the_largest(mixture, offload):
 
 def test_offload_moves_states_to_the_host(mixture):
     a, b = (
-        plan.plan(small(mixture, **{"parallel.offload": o}), Cluster.of("h100", 8), search=False)
+        plan.plan(
+            small(mixture, **{"parallel.offload": o}), Cluster.with_gpus("h100", 8), search=False
+        )
         for o in (False, True)
     )
     least = 8 * 16 * shape(THIN).parameters / 8

@@ -11,7 +11,7 @@ from minirl_nb.plan import Assumptions, Cluster, GiB, Plan
 
 
 def test_all_phases_add_up_and_say_so(mixture):
-    found = plan.plan(small(mixture), Cluster.of("h100", 8))
+    found = plan.plan(small(mixture), Cluster.with_gpus("h100", 8))
     assert (
         isinstance(found, Plan)
         and found.fits
@@ -35,7 +35,7 @@ def test_all_phases_add_up_and_say_so(mixture):
 
 
 def test_what_does_not_fit_is_said_with_the_knob_that_helps(mixture):
-    tight = replace(Cluster.of("h100", 8), memory=6 * GiB)
+    tight = replace(Cluster.with_gpus("h100", 8), memory=6 * GiB)
     found = plan.plan(small(mixture, **{"batch.tokens": 10**6}), tight, search=False)
     assert not found.fits and any(
         "activations" in w and "lower batch.tokens" in w for w in found.warnings
@@ -48,7 +48,9 @@ def test_what_does_not_fit_is_said_with_the_knob_that_helps(mixture):
     assert any("gradient_checkpointing to True" in w for w in found.warnings)
     reserved = Assumptions().context + Assumptions().workspace
     config = small(mixture, **{"rollout.max_new_tokens": 4000})
-    cache = plan.plan(config, replace(Cluster.of("h100", 8), memory=reserved + 2**21), search=False)
+    cache = plan.plan(
+        config, replace(Cluster.with_gpus("h100", 8), memory=reserved + 2**21), search=False
+    )
     assert not cache.fits and any(
         "room for" in w and "rollout.tensor_parallel" in w for w in cache.warnings
     )

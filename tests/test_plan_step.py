@@ -15,7 +15,7 @@ SPREAD = {"model.compute": "bfloat16", "model.gradient_checkpointing": True}
 def test_shapes_that_dtensor_works_out_are_not_counted():
     "On tensors of global size, once for each operation: a process's first pass must not see them."
     unused = Qwen3MoeConfig(**THIN.to_dict() | {"hidden_size": 80})  # shapes of no other test
-    case = case_of(unused, SPREAD | {"parallel.expert": 4}, Cluster.of("h100", 8))
+    case = case_of(unused, SPREAD | {"parallel.expert": 4}, Cluster.with_gpus("h100", 8))
     with fake_processes(8):
         first, second = (run_pass(case, 3, MicroBatch(1, 64, 60)) for _ in range(2))
     assert first.peak == second.peak
@@ -25,7 +25,7 @@ def test_shapes_that_dtensor_works_out_are_not_counted():
 
 @pytest.mark.parametrize("expert", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_line_through_two_depths_gives_a_third(expert):
-    case = case_of(MIXTURE, SPREAD | {"parallel.expert": expert}, Cluster.of("h100", 8))
+    case = case_of(MIXTURE, SPREAD | {"parallel.expert": expert}, Cluster.with_gpus("h100", 8))
     with fake_processes(8):
         a, b, c = (run_pass(case, layers, MicroBatch(1, 512, 500)) for layers in (3, 5, 9))
     line = a.along(b, 3.0)

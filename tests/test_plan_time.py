@@ -49,7 +49,7 @@ def test_an_engine_finishes_within_its_cache(length, prompt, capacity, most):
 @pytest.mark.parametrize("packed", [False, True])
 def test_micro_batches_of_all_ranks_hold_every_token(packed):
     limits = {"rollout.max_new_tokens": 400, "batch.tokens": 2048, "batch.packed": packed}
-    case = case_of(THIN, limits, Cluster.of("h100", 4))
+    case = case_of(THIN, limits, Cluster.with_gpus("h100", 4))
     met, fullest = meetings(case, 64)
     loads = [load for loads in met for load in loads]
     tokens = int(lengths(64, 400, case.assume.mean_length).sum()) + 64 * case.assume.prompt_tokens

@@ -153,6 +153,38 @@ def test_a_module_opens_with_its_claim(path):
         assert said.startswith("**Claim.**") and said.rstrip().endswith((".", "?", "!", "`", ")"))
 
 
+# ------------------------------------------------------------------------------------------- names
+# Words that had to be looked up at their definition; what they name has a word of its own.
+NAMES_THAT_SAY_NOTHING = set(
+    "alarm beside chain held into many most need neighbours of owners rest there touched wide "
+    "_even _foresee _half _meet _wrong".split()
+)
+
+
+def names_given(tree):
+    "(name, line) of all that a module defines: variables, attributes, parameters, definitions."
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name, node.lineno
+            case ast.arg(arg=name) | ast.ClassDef(name=name):
+                yield name, node.lineno
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name, node.lineno
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_names_say_what_they_name(path):
+    given = names_given(ast.parse(path.read_text(encoding="utf-8")))
+    found = [f"{name}, line {line}" for name, line in given if name in NAMES_THAT_SAY_NOTHING]
+    assert not found, found
+
+
+def test_the_reader_of_names_sees_every_form():
+    source = "class A:\n def b(self, c, *d, e=0):\n  f, *g = c\n  self.h = [i for i in d]\n  x(j=e)"
+    assert {name for name, _ in names_given(ast.parse(source))} == set("Abcdefghi") | {"self"}
+
+
 # -------------------------------------------------------------------------------- the way through
 def test_a_rollout_step_takes_one_room_a_phase_below_the_loop():
     "The path that the front page names: every phase of the loop, one module each, in lower pages."

@@ -1,38 +1,18 @@
 import copy
 from types import SimpleNamespace
 
-import moe_families
 import pytest
 import torch
 from conftest import tiny_qwen3_moe
 from end_tokens import ends_rightly
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from teacher_forcing import PROMPTS, ROUNDING, SHORT, check_teacher_forced
 
-from minirl_nb import fp8, policy
+from minirl_nb import fp8
 from minirl_nb.batch import validate
 from minirl_nb.policy import token_logprobs
-from minirl_nb.rollout import ParityError, Sampling, TorchEngine, choose, compare_weights, parity
-
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4], [2]]
-# float32 log-probabilities up to 20: an ulp is 2e-6, and a forward of two layers adds some tens of
-# roundings
-ROUNDING = 2e-5
-SHORT = Sampling(n=4, max_new_tokens=16)
-
-
-def teacher_forced_gap(model, r, temperature=1.0):
-    with torch.no_grad():
-        logp, _ = token_logprobs(
-            model, r.tokens, r.response_mask, temperature=temperature, entropy=False
-        )
-    return (logp - r.logp_mu).abs()
-
-
-def check_teacher_forced(model, r, temperature=1.0):
-    assert teacher_forced_gap(model, r, temperature).max() < ROUNDING
-
+from minirl_nb.rollout import Sampling, TorchEngine, compare_weights
 
 SIZES = dict(
     vocab_size=16,
@@ -156,12 +136,6 @@ def test_one_seed_one_result_and_streams_differ(moe):
     assert len({tuple(a.response(i).tolist()) for i in range(16)}) > 8
 
 
-def test_choose_never_takes_what_has_no_probability():
-    logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(1001, 4)
-    token, logp = choose(logits, torch.linspace(0, 1 - 1e-16, 1001, dtype=torch.float64), 1.0)
-    assert set(token.tolist()) == {0, 2} and torch.isfinite(logp).all()
-
-
 @pytest.mark.parametrize(
     "prompts, sampling, words",
     [
@@ -194,15 +168,6 @@ def test_a_call_may_start_at_any_request(moe):
         part = engine.generate(prompts[a:b], Sampling(n=2, max_new_tokens=12, seed=5, first=2 * a))
         for row in range(len(part)):
             assert part.response(row).tolist() == whole.response(2 * a + row).tolist()
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [dict(n=0), dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=float("nan"))],
-)
-def test_bad_sampling(bad):
-    with pytest.raises(ValueError):
-        Sampling(**bad)
 
 
 def test_engines_refuse_what_they_cannot_do(moe):
@@ -276,83 +241,6 @@ def test_the_engine_is_a_copy(moe):
     )
 
 
-@pytest.mark.parametrize("scheme", [None, "fp8_per_channel"])
-def test_every_single_stale_tensor_is_named(scheme, moe):
-    names = [n for n, _ in moe.named_parameters()]
-    for name in names:
-        trainer = copy.deepcopy(moe)
-        e = TorchEngine(trainer, fp8=scheme)
-        with torch.no_grad():
-            dict(trainer.named_parameters())[name].mul_(1.5).add_(0.01)
-        with pytest.raises(ParityError, match=name.replace(".", r"\.")):
-            parity(e, trainer, PROMPTS)
-
-
-def test_band_of_a_quantised_engine(moe):
-    e = TorchEngine(moe, fp8="fp8_per_channel")
-    k3 = parity(e, moe, PROMPTS).k3
-    assert k3 > 1e-3  # ten seeds: 0.009 to 0.021
-    with pytest.raises(ParityError, match="outside the band"):
-        parity(e, moe, PROMPTS, band=k3 / 10)
-
-
-def test_bfloat16_engine(moe):
-    e = TorchEngine(moe, dtype=torch.bfloat16)
-    p = parity(e, moe, PROMPTS)
-    assert 0.002 < p.median < 0.03  # ten seeds: 0.006 to 0.010
-
-
-# ---------------------------------------------------------------- one head, in every family
-# What a family may do between the output matrix and its logits; far from the neutral values, so
-# that an engine which forgets one is off by more than a nat
-HEAD = dict(
-    logits_scaling=8.0, logit_scale=1 / 16, final_logit_softcapping=0.5, lm_head_multiplier=0.1
-)
-# 57 families of tiny models; these keep another state than keys and values
-OTHER_STATE = "keeps keys and values only: use the vLLM engine"
-
-
-def family(name):
-    "A tiny model of a MoE family whose head scales and caps, where the family knows how."
-    cls = moe_families.discover()[name]
-    known = moe_families.config(cls)
-    wide = {k: 64 for k in ("sliding_window", "sliding_window_size") if getattr(known, k, None)}
-    changes = {k: v for k, v in HEAD.items() if hasattr(known, k)}
-    return moe_families.build(cls, **wide, **changes)
-
-
-@pytest.mark.parametrize("name", moe_families.discover())
-def test_engine_trainer_and_probe_agree_in_every_moe_family(name):
-    model = family(name)
-    try:
-        engine = TorchEngine(model)
-    except ValueError as refused:
-        assert OTHER_STATE in str(refused)
-        return
-    if name == "doge":  # no function of a prefix (data/routing_conformance.md): the probe finds out
-        with pytest.raises(ParityError, match="while sampling differ from its teacher-forced ones"):
-            parity(engine, model, PROMPTS, SHORT)
-        return
-    check_teacher_forced(model, engine.generate(PROMPTS, SHORT))
-    assert parity(engine, model, PROMPTS, SHORT).max < ROUNDING
-
-
-SCALED = ["beam", "cohere2_moe", "gemma4", "granitemoe", "granitemoeshared"]
-
-
-@pytest.mark.parametrize("name", SCALED)
-def test_the_probe_finds_an_engine_that_takes_the_bare_output_matrix(name, monkeypatch):
-    model = family(name)
-    engine = TorchEngine(model)
-    monkeypatch.setattr(
-        policy.Head, "logits", lambda self, states: nn.functional.linear(states, self.weight)
-    )
-    gap = teacher_forced_gap(model, engine.generate(PROMPTS, SHORT))
-    assert gap.max() > 1  # in nats
-    with pytest.raises(ParityError, match="while sampling differ from its teacher-forced ones"):
-        parity(engine, model, PROMPTS, SHORT)
-
-
 def test_a_dense_family_with_a_cap_agrees():
     model = tiny_dense("gemma2", final_logit_softcapping=5.0, sliding_window=64)
     assert model.config.final_logit_softcapping == 5.0
@@ -384,12 +272,3 @@ def test_a_response_ends_at_any_end_token_of_model_or_tokenizer(moe):
         seen = ends_rightly(TorchEngine(moe, **options).generate(PROMPTS, s), end)
         assert all(seen.values()), seen  # each of them ended some
     assert TorchEngine(moe, eos_token_id=7).eos.tolist() == [7]
-
-
-def test_padding_is_the_named_token_the_tokenizers_the_models_or_an_end_token(moe):
-    tokenizer = SimpleNamespace(eos_token_id=13, pad_token_id=3)
-    assert TorchEngine(moe, tokenizer=tokenizer, pad_token_id=5).pad == 5
-    assert TorchEngine(moe, tokenizer=tokenizer).pad == 3
-    assert TorchEngine(moe).pad == 0
-    moe.generation_config.pad_token_id = moe.generation_config.eos_token_id = None
-    assert TorchEngine(moe, eos_token_id=[9, 8]).pad == 9

@@ -1,5 +1,5 @@
 """**Claim.** A config and a cluster are enough to say whether a run fits, what limits it, and what
-a gradient step costs; no weights and no GPU are needed, and two minutes of one processor.
+a gradient step costs; that takes two minutes of one processor, no weights and no GPU.
 
 This module is the entry of `minirl_nb.plan`: `plan` puts the pages before it together, and
 `refuse_if_too_large` is its quick check before a launch.
@@ -96,7 +96,7 @@ def _least_activations(case: Case) -> float:
 def refuse(config: RunConfig, cluster: Cluster) -> str | None:
     """One sentence why a run cannot fit on a cluster, or None: a lower bound, quick enough for
     every launch. FileNotFoundError where there is no config of the model."""
-    case = Case.of(config, cluster, Assumptions())
+    case = Case.from_config(config, cluster, Assumptions())
     terms, name = _states(case), config.model.path
     if case.offload:
         needed = sum(terms.values()) * cluster.gpus_per_node
@@ -237,7 +237,7 @@ def plan(
 
     ValueError or FileNotFoundError, in one sentence, for a config that no cluster of this size can
     run."""
-    case = Case.of(config, cluster or Cluster.here(), assume or Assumptions())
+    case = Case.from_config(config, cluster or Cluster.here(), assume or Assumptions())
     _check_layout(case)
     active = max(1, round(case.mini_batch * case.assume.active))
     with fake_processes(case.cluster.gpus), torch.random.fork_rng(devices=[]):

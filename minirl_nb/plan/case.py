@@ -1,6 +1,6 @@
 """**Claim.** What a run costs depends on its model through a dozen numbers, and the model itself
-gives all of them without a single weight: its parameters, those that a token passes through, the
-cache and the routes of a token, and where its layers begin to repeat.
+gives all of them without a single weight: its parameters, the active ones among them (those that
+compute one token), the cache and the routes of a token, and where its layers begin to repeat.
 
 This module holds the model as a skeleton without numbers, and `Case`: one config on one cluster
 under one set of assumptions.
@@ -155,14 +155,6 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _routers(model: nn.Module) -> list:
-    "The routers of a model; none in a dense one."
-    try:
-        return list(routing.routers(model).values())
-    except TypeError:
-        return []
-
-
 def _period(kinds: list) -> tuple[int, int]:
     "First layer of the repeating part and its period, the earliest and shortest that hold."
 
@@ -180,7 +172,7 @@ def _period(kinds: list) -> tuple[int, int]:
 def shape(config: Any) -> Shape:
     "The `Shape` of a model, from its Hugging Face config."
     model, text = skeleton(config), config.get_text_config()
-    routers = _routers(model)
+    routers = list(routing.routers_or_none(model).values())
     E = max((router.experts for router in routers), default=0)
     K = max((router.top_k for router in routers), default=0)
     total = _parameters(model)
@@ -228,7 +220,7 @@ class Case:
     model: Shape
 
     @classmethod
-    def of(cls, config: RunConfig, cluster: Cluster, assume: Assumptions) -> "Case":
+    def from_config(cls, config: RunConfig, cluster: Cluster, assume: Assumptions) -> "Case":
         "FileNotFoundError where there is no config of the model."
         hf_config = model_config(config.model.path)
         return cls(config, cluster, assume.on(cluster), hf_config, shape(hf_config))

@@ -61,7 +61,7 @@ GPUS: dict[str, Gpu] = {  # in the order of the fields above
 # %% ../../nbs/16_cluster.ipynb #0ed733d1
 @dataclass(frozen=True)
 class Cluster(Gpu):
-    """GPUs of one kind in nodes of one size. `Cluster.of` takes the kind from `GPUS`,
+    """GPUs of one kind in nodes of one size. `Cluster.with_gpus` takes the kind from `GPUS`,
     `Cluster.here` looks at this machine."""
 
     gpus: int = 1
@@ -74,7 +74,7 @@ class Cluster(Gpu):
     """Bytes of host memory of a node."""
 
     @classmethod
-    def of(cls, gpu: str, gpus: int, gpus_per_node: int = 8, **other) -> "Cluster":
+    def with_gpus(cls, gpu: str, gpus: int, gpus_per_node: int = 8, **other) -> "Cluster":
         "ValueError for a GPU that is not in the table, or a number that is not positive."
         name = gpu.lower().replace("_", "-").replace("nvidia-", "")
         name = {"a100": "a100-80", "4090": "rtx4090"}.get(name, name)
@@ -131,7 +131,7 @@ def _gpu_here() -> tuple[Gpu, str]:
 
 
 def _processor_here(memory: float, processes: int) -> Gpu:
-    "One process's share of this machine's processor: with torch's threads, in 1/20 second."
+    "This processor as one process sees it: its threads' rates, measured in 1/20 second."
     matrix, vector = torch.ones(512, 512), torch.ones(2**22)
     product = torch.empty_like(matrix)
     operations, stream = 0.0, 0.0
@@ -158,8 +158,8 @@ def _processor_here(memory: float, processes: int) -> Gpu:
 # %% ../../nbs/16_cluster.ipynb #21f7c709
 @dataclass(frozen=True)
 class Assumptions:
-    """What no computation on this machine can know. Each is a field, so that each can be changed
-    and its weight seen. ValueError for a mean length that is no share."""
+    """What no computation on this machine can know. Each is a field, so that
+    it can be changed and its weight seen. ValueError for a mean length that is no share."""
 
     mean_length: float = 0.4
     """Mean length of a response as a share of `rollout.max_new_tokens`. Lengths are spread as

@@ -151,7 +151,7 @@ def _terms(
     *,
     working: float = 0.0,  # bytes beyond the states at the highest moment
     layers: float = 0.0,  # of these, whole layers in flight
-    rest: str = "activations",  # what the remainder is
+    remainder: str = "activations",  # what the bytes outside whole layers are
     gradients: float = 0.0,
     routes: float = 0.0,
     cache: float = 0.0,
@@ -165,7 +165,7 @@ def _terms(
     workspace = assume.workspace if awake else assume.asleep
     return ({} if case.offload else states) | {
         "whole layers": whole,
-        rest: inside - whole,
+        remainder: inside - whole,
         "fragmentation": inside * assume.fragmentation,
         "routes": routes,
         "engine weights": engine.beside_training if awake or not case.uses_vllm else 0.0,
@@ -201,7 +201,7 @@ def memory_of_phases(
             *common,
             working=highest - update.states,
             layers=small.highest_before_step - small.states,
-            rest="AdamW's temporaries" if in_step else "activations",
+            remainder="AdamW's temporaries" if in_step else "activations",
             gradients=update.gradients,
             routes=routes,
         ),

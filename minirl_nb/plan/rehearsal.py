@@ -1,5 +1,5 @@
-"""**Claim.** A real update takes the memory that the plan says: to a hundredth of what torch's
-allocator gives out, and to a tenth of what the system sees.
+"""**Claim.** A real update takes the memory that the plan says, within a hundredth by what torch's
+allocator gives out, and within a tenth by what the system sees.
 
 This module runs the update of the largest micro-batch for real, with the trainer's own code, in a
 process of its own, and measures it in two ways that do not use dispatch modes:
@@ -54,8 +54,8 @@ def rehearse(
     once; `resident`: the growth of the process's resident size (only on Linux without a GPU). Both
     with weights and optimiser states, without the interpreter and its libraries. RuntimeError where
     the process fails."""
-    one_process = replace(Cluster.of("h100", 1), gpu="cpu")
-    micro = MicroBatch.largest(Case.of(config, one_process, assume or Assumptions()))
+    one_process = replace(Cluster.with_gpus("h100", 1), gpu="cpu")
+    micro = MicroBatch.largest(Case.from_config(config, one_process, assume or Assumptions()))
     rows = micro.rows
     if prompts_of(config)[1] * config.rollout.responses > rows:
         rows *= 2  # two micro-batches: the second one finds gradients there

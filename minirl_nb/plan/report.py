@@ -1,7 +1,7 @@
 """**Claim.** Whatever does not fit, or costs too much, is said in one sentence with the setting
-that helps.
+that helps. A plan that does not fit and gives no such sentence refutes it.
 
-This room holds the result of a plan: its phases and numbers, the table that is printed, and the
+This module holds the result of a plan: its phases and numbers, the table that is printed, and the
 warnings.
 """
 
@@ -313,8 +313,8 @@ def _warn_of_share(plan: Plan) -> Iterator[str]:
     if not shared or "gpu_memory_utilization" in rollout.options or not plan.fits:
         return
     memory = plan.phase("rollout").memory
-    held = sum(memory.get(term, 0.0) for term in ("weights", "optimiser"))
-    share = (plan.cluster.memory - held - plan.assume.context) / plan.cluster.memory
+    states_bytes = sum(memory.get(term, 0.0) for term in ("weights", "optimiser"))
+    share = (plan.cluster.memory - states_bytes - plan.assume.context) / plan.cluster.memory
     if share < 0.9:
         yield (
             f"the trainer's states leave vLLM {share:.2f} of a GPU: set rollout.options "

@@ -1,6 +1,6 @@
-"""**Claim.** The memory that a gradient step takes is known before the first weight is loaded: run
-with the real code on tensors that have shapes and no numbers, the real model reaches the peaks of
-the real step, and two shallow models give those of the deep one.
+"""**Claim.** The memory that a gradient step takes can be computed before a weight is loaded. On
+tensors that have shapes and no numbers, the real code reaches the peaks of the real step; and the
+peaks of two shallow models give those of the deep one.
 
 This module builds the model's skeleton, shards it over processes that exist on paper, and runs one
 micro-batch under the ledger.
@@ -54,7 +54,7 @@ def fake_processes(number: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 # %% ../../nbs/16c_step.ipynb #7e38fd4e
-def _even(number: int, parts: int) -> list[int]:
+def _split_evenly(number: int, parts: int) -> list[int]:
     "A number cut into whole parts that differ by one at most."
     return [number * (i + 1) // parts - number * i // parts for i in range(parts)]
 
@@ -77,8 +77,8 @@ def _balanced_experts():
             )
             order = torch.argsort(top_k_index.reshape(-1))
             rows = hidden_states[order // top_k]
-            sent = _even(tokens * top_k, ranks)
-            received = _even(int(tokens * top_k * self.imbalance), ranks)
+            sent = _split_evenly(tokens * top_k, ranks)
+            received = _split_evenly(int(tokens * top_k * self.imbalance), ranks)
             arrived = _WaitTensor.apply(exchange(rows, received, sent, self.ep_mesh.get_group()))
             expert = top_k_index.new_empty(arrived.shape[0], 1)
             state = expert_parallel._AllToAllState(top_k_weights, order, sent, received, tokens)
@@ -219,8 +219,8 @@ def _model(case: Case, layers: int) -> nn.Module:
 
 def _held(tensors: Iterable[Tensor | None]) -> float:
     "Bytes of tensors on this process: of a DTensor, its shard."
-    there = (t for t in tensors if t is not None)
-    return float(sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in there))
+    present = (t for t in tensors if t is not None)
+    return float(sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in present))
 
 # %% ../../nbs/16c_step.ipynb #f392b27b
 def watch_parts(ledger: Ledger, model: nn.Module):

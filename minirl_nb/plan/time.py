@@ -1,6 +1,6 @@
-"""**Claim.** Time follows from the measured passes and the lengths of responses, to the accuracy of
-a handful of stated efficiencies: the slowest rank of each micro-batch counts, and an engine is as
-slow as its longest response.
+"""**Claim.** Time follows from the measured passes and the lengths of responses, as accurately as a
+handful of stated efficiencies allow. The slowest rank sets the time of each micro-batch, and the
+longest response that of an engine.
 
 This module spreads responses over ranks and micro-batches, turns passes into seconds, and simulates
 an engine's continuous batching.
@@ -161,9 +161,9 @@ def transfer_seconds(case: Case) -> dict[str, float]:
     cluster = case.cluster
     far = cluster.gpus > cluster.gpus_per_node
     speed = (cluster.network if far else cluster.link) * case.assume.collective
-    into = cluster.pcie if case.config.rollout.servers else cluster.bandwidth
+    loading_rate = cluster.pcie if case.config.rollout.servers else cluster.bandwidth
     loaded = case.model.parameters * case.compute_bytes
-    return {"gathering": sync_bytes(case) / speed, "loading": loaded / into}
+    return {"gathering": sync_bytes(case) / speed, "loading": loaded / loading_rate}
 
 # %% ../../nbs/16d_time.ipynb #b46886e8
 @dataclass
@@ -203,9 +203,9 @@ class _Batch:
         self.waiting.append(response)
         self.used -= self.prompt + int(self.done[response])
 
-    def steps(self, most: int) -> int:
-        "Steps until the first response ends, or `most`."
-        return int(min((self.length[self.running] - self.done[self.running]).min(), most))
+    def steps(self, limit: int) -> int:
+        "Steps until the first response ends, or `limit`."
+        return int(min((self.length[self.running] - self.done[self.running]).min(), limit))
 
     def advance(self, steps: int) -> None:
         self.done[self.running] += steps
@@ -249,10 +249,10 @@ def decode(
         while now.used + steps * len(now.running) > capacity and len(now.running) > 1:
             now.evict()
             found.evicted += 1
-        steps, many = now.steps(block), len(now.running)
-        found.seconds += steps * step_seconds(many, now.used + steps * many / 2)
+        steps, running = now.steps(block), len(now.running)
+        found.seconds += steps * step_seconds(running, now.used + steps * running / 2)
         found.steps += steps
-        found.running = max(found.running, many)
+        found.running = max(found.running, running)
         now.advance(steps)
         found.cached = max(found.cached, now.used)
         now.retire()
@@ -280,24 +280,24 @@ class Engine:
 # %% ../../nbs/16d_time.ipynb #35e48d56
 def engine_of(case: Case) -> Engine:
     "The engine that `case.config.rollout` asks for."
-    rollout, model, wide = case.config.rollout, case.model, case.compute_bytes
-    # the torch engine emulates low precision: rounded values in a wide type
-    narrow = 1 if case.uses_vllm and rollout.fp8 != "none" else wide
+    rollout, model, compute_bytes = case.config.rollout, case.model, case.compute_bytes
+    # the torch engine emulates low precision: rounded values in a wider type
+    narrow = 1 if case.uses_vllm and rollout.fp8 != "none" else compute_bytes
     tables = 2 * model.embedding  # embedding and head are not rounded
-    dense = (model.parameters - model.experts - tables) * narrow + tables * wide
+    dense = (model.parameters - model.experts - tables) * narrow + tables * compute_bytes
     tensor_parallel = rollout.tensor_parallel if case.uses_vllm else 1
     weights = (dense + model.experts * narrow) / tensor_parallel
     if not case.uses_vllm and case.cluster.gpus == 1 and rollout.fp8 == "none":
         weights = 0.0  # the trained model itself samples
     apart = bool(rollout.servers)
     number = len(rollout.servers) if apart else case.cluster.gpus // tensor_parallel
-    cache_type = 2 if case.uses_vllm else wide
+    cache_type = 2 if case.uses_vllm else compute_bytes
     return Engine(
         number=max(1, number),
         tensor_parallel=tensor_parallel,
         apart=apart,
         weights=weights,
-        read_dense=dense - model.embedding * wide,
+        read_dense=dense - model.embedding * compute_bytes,
         read_experts=model.experts * narrow,
         parameter_bytes=narrow,
         cache_bytes=model.kv_bytes / 2 * cache_type / min(tensor_parallel, model.kv_heads),
@@ -315,11 +315,11 @@ def sample(case: Case, engine: Engine, capacity: float, responses: int) -> Sampl
     # two reductions of a few kilobytes in each layer
     meeting = 2 * model.layers * 15e-6 if engine.tensor_parallel > 1 else 0.0
 
-    def step_seconds(many: int, tokens: float) -> float:
-        touched = 1 - (1 - model.K / model.E) ** many if model.E else 0.0  # chosen evenly
-        weights = (engine.read_dense + engine.read_experts * touched) / engine.tensor_parallel
+    def step_seconds(responses: int, tokens: float) -> float:
+        active_share = 1 - (1 - model.K / model.E) ** responses if model.E else 0.0  # chosen evenly
+        weights = (engine.read_dense + engine.read_experts * active_share) / engine.tensor_parallel
         read = weights + tokens * engine.cache_bytes
-        operations = 2 * model.active * many / engine.tensor_parallel
+        operations = 2 * model.active * responses / engine.tensor_parallel
         slower = max(
             read / (cluster.bandwidth * assume.decode), operations / (rate * assume.matmul)
         )

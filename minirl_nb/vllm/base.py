@@ -2,7 +2,7 @@
 engine only says how requests get to vLLM and how weights do. False if a mishap in one of them (a
 bad tensor, a dead process) leaves an engine that answers wrongly.
 
-This room holds `VLLMBase`, the part of an engine that does not depend on where vLLM runs: in this
+This module holds `VLLMBase`, the part of an engine that does not depend on where vLLM runs: in this
 process, in another one, or on another machine.
 """
 
@@ -62,7 +62,7 @@ class VLLMBase:
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.transfer = Transfer(model, self.dtype, self.fp8)
         self.routes = routes
-        self.places = RouterPlaces.of(self.transfer.skeleton) if routes else None
+        self.places = RouterPlaces.from_model(self.transfer.skeleton) if routes else None
         self.eos = end_tokens(model, tokenizer, eos_token_id)
         self.pad = padding_token(model, tokenizer, pad_token_id, self.eos)
         self.verify, self.version = option_value(verify), 0

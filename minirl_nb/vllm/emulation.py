@@ -1,7 +1,7 @@
 """**Claim.** Inside vLLM, emulated FP8 rounds what page 08 rounds, with the same functions, at
 every load. False if a weight or an activation is rounded otherwise than on the Hugging Face side.
 
-This room holds the quantisation method that vLLM gets where there are no FP8 kernels. On a GPU
+This module holds the quantisation method that vLLM gets where there are no FP8 kernels. On a GPU
 `fp8_per_block` and its kin are vLLM's own.
 
 **Emulated**: after every load the weights are rounded to E4M3 with the scales of the scheme,

@@ -2,7 +2,7 @@
 as it found them: the process group, the environment, the number of threads, the temporary folder.
 False if a process, a file or a changed variable stays behind after `close`.
 
-This room holds `VLLMEngine`. In a notebook vLLM lives in this process. Under `torchrun` **it does
+This module holds `VLLMEngine`. In a notebook vLLM lives in this process. Under `torchrun` **it does
 too**, on every rank: its groups are made inside the trainer's own process group, the way in which
 vLLM wants to be started by somebody else ("external launcher"). `tensor_parallel` = 1 gives every
 rank an engine of its own, on its own device. `tensor_parallel` = k makes k neighbours one engine,
@@ -115,8 +115,8 @@ def _here() -> "list[VLLMEngine]":
     return [engine for engine in _OPEN if engine._inside and engine.llm is not None]
 
 
-def _sentence(error: BaseException, most: int = 300) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+def _sentence(error: BaseException, max_characters: int = 300) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:max_characters]}"
 
 
 def _progress_bar(*args, **kwargs):

@@ -2,7 +2,7 @@
 not start with a vLLM in which one of them is gone or takes other arguments. False if a renamed
 function is noticed only when it is called.
 
-This room holds the table and its check. vLLM changes every few weeks, and most of what is needed
+This module holds the table and its check. vLLM changes every few weeks, and most of what is needed
 here is no public interface of it. `tests/check_vllm_sources.py` reads the same table against the
 sources of versions that cannot run on this machine.
 """

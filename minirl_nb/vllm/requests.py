@@ -3,7 +3,7 @@ log-probabilities are the trainer's to rounding. In emulated FP8 it is the train
 except for numbers on the edge of two codes, and replaying the experts that it recorded lowers the
 discrepancy. False if a float32 route differs, or if replay does not lower k3.
 
-This room says how vLLM is started and asked so that its responses can be trained on, and makes a
+This module says how vLLM is started and asked so that its responses can be trained on, and makes a
 rollout of its answers. The rooms behind it hold the internals: the names of vLLM that must exist,
 emulated FP8, the worker, the transfer of weights and its verification, what all engines share, the
 fences around vLLM, the engine, a server on another machine, and an engine of several servers.
@@ -212,7 +212,7 @@ class RouterPlaces:
     top_k: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "RouterPlaces":
+    def from_model(cls, model: nn.Module) -> "RouterPlaces":
         "TypeError for a model without routers."
         found = routers(model)
         return cls(

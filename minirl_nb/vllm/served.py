@@ -3,7 +3,7 @@ has the tokens, the log-probabilities (to rounding) and the experts of an engine
 Its weights are verified matrix by matrix as there, and no response of a server that lost its
 weights is ever trained on. False if a token differs, or if a restarted server answers unnoticed.
 
-This room holds `ServedEngine`. Inside the ranks (engine) vLLM and the trainer take turns on the
+This module holds `ServedEngine`. Inside the ranks (engine) vLLM and the trainer take turns on the
 same GPUs. Apart, each has its own: the trainer is sized for training, and as many servers are
 started as generation needs. Long responses are most of a run's time, so this is how one scales that
 part alone. What is new is a wire between the two, and with it everything that a wire brings: a
@@ -257,8 +257,8 @@ class ServedEngine(VLLMBase):
         else's."""
         if self._asleep:
             raise EngineError("the servers sleep: every rank must call wake() first")
-        held = self._each(lambda s: s.call("minirl_holds"), self.servers, len(self.servers))
-        for s, workers in zip(self.servers, held):
+        stored = self._each(lambda s: s.call("minirl_holds"), self.servers, len(self.servers))
+        for s, workers in zip(self.servers, stored):
             if any(worker["tag"] != self._tag for worker in workers):
                 self._broken = (
                     f"the server at {s.address} does not hold this run's weights of version "
@@ -304,10 +304,10 @@ class ServedEngine(VLLMBase):
             return
         folder = Path(tempfile.mkdtemp(prefix="minirl-weights-", dir=self.folder))
         try:
-            need, free = self.transfer.bytes, shutil.disk_usage(folder).free
-            if free < need:
+            required, free = self.transfer.bytes, shutil.disk_usage(folder).free
+            if free < required:
                 raise EngineError(
-                    f"the weights need {need / 1e9:.1f} GB in {self.folder}, where "
+                    f"the weights need {required / 1e9:.1f} GB in {self.folder}, where "
                     f"{free / 1e9:.1f} GB are free"
                 )
             folder.chmod(0o755)  # servers may run as somebody else

@@ -2,7 +2,7 @@
 line of vLLM's own command, and every failure on the wire to it becomes one sentence with its
 address. False if the line hides a setting, or if a dead server is waited for.
 
-This room holds the command that starts a server, and the wire to it. The next one makes an engine
+This module holds the command that starts a server, and the wire to it. The next one makes an engine
 of several servers.
 """
 

@@ -2,7 +2,7 @@
 is caught, and the tensor is named, before anything is sampled. No full copy of the model is needed
 for that. False if a stale matrix goes unnoticed.
 
-This room holds the trainer's side of a transfer: the stream of tensors, their names, and what the
+This module holds the trainer's side of a transfer: the stream of tensors, their names, and what the
 matrices inside vLLM should answer. Three decisions carry it.
 
 - **Names of a checkpoint.** transformers fuses experts in memory and splits them in a checkpoint;
@@ -51,13 +51,13 @@ def trainer_name(name: str) -> str:
 
 
 def cut(x: Tensor, dim: int, own: int, share: Mapping[str, Any]) -> Tensor:
-    """A worker's part, `own` wide, of a dimension: the rank-th of `of`.
+    """A worker's part, `own` wide, of a dimension: the share of `rank` among `ranks`.
 
     Where there are fewer parts than shares, neighbours hold the same one."""
     parts = x.shape[dim] // own
     if parts <= 1:
         return x
-    return x.narrow(dim, share["rank"] * parts // share["of"] * own, own)
+    return x.narrow(dim, share["rank"] * parts // share["ranks"] * own, own)
 
 
 class ExpectedAnswers:
@@ -68,7 +68,7 @@ class ExpectedAnswers:
     def __init__(self, skeleton: nn.Module, dtype: torch.dtype, fp8: fp8_module.Scheme | None):
         self.skeleton, self.dtype, self.fp8 = skeleton, dtype, fp8
 
-    def of(
+    def for_module(
         self,
         name: str,  # of the module, as the trainer calls it
         share: Mapping[str, Any],  # of it that a worker holds
@@ -100,8 +100,8 @@ class ExpectedAnswers:
     def _experts(self, name: str, share, tensors) -> Expected:
         used = [f"{name}.gate_up_proj", f"{name}.down_proj"]
         up, down = (tensors[n].to(self.dtype) for n in used)
-        if share["of"] > 1:
-            own = down.shape[-1] // share["of"]
+        if share["ranks"] > 1:
+            own = down.shape[-1] // share["ranks"]
             up = torch.cat([cut(half, 1, own, share) for half in up.chunk(2, 1)], 1)
             down = cut(down, 2, own, share)
         if self.fp8:
@@ -261,7 +261,7 @@ class Transfer:
         unit = unit | {name: unit[first] for name, first in self.tied.items() if first in unit}
         found = {}
         for (name, key), share in questions.items():
-            expected = self.expected.of(trainer_name(name), share, unit)
+            expected = self.expected.for_module(trainer_name(name), share, unit)
             found[name, key] = [(part, y.float().cpu(), used) for part, y, used in expected]
         return found
 
@@ -321,20 +321,20 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def write_shards(
     tensors: Iterable[tuple[str, Tensor]], folder: str | Path, size: int = 1 << 30
 ) -> None:
-    """Tensors into safetensors files of about `size` bytes in `folder`; at most one file's are held
+    """Tensors into safetensors files of about `size` bytes in `folder`; at most one file is held
     at a time."""
     from safetensors.torch import save_file
 
-    folder, held, bytes_held, count = Path(folder), {}, 0, 0
+    folder, pending, bytes_held, count = Path(folder), {}, 0, 0
     folder.mkdir(parents=True, exist_ok=True)
     for name, t in tensors:
-        held[name] = t.detach().to("cpu", copy=True).contiguous()
+        pending[name] = t.detach().to("cpu", copy=True).contiguous()
         bytes_held += t.nbytes
         if bytes_held >= size:
-            save_file(held, folder / f"{count:05d}.safetensors")
-            held, bytes_held, count = {}, 0, count + 1
-    if held:
-        save_file(held, folder / f"{count:05d}.safetensors")
+            save_file(pending, folder / f"{count:05d}.safetensors")
+            pending, bytes_held, count = {}, 0, count + 1
+    if pending:
+        save_file(pending, folder / f"{count:05d}.safetensors")
 
 
 def asked_by_file(

@@ -2,7 +2,7 @@
 its packing, fusion or quantisation, and each row of the matrix shows in its own number of the
 answer. False if a matrix can change without changing its answer.
 
-This room holds the methods that run where vLLM's model lives, in this process or in another one:
+This module holds the methods that run where vLLM's model lives, in this process or in another one:
 load weights, describe the worker, answer questions about matrices. Workers call them by name, with
 a path as argument. Tensors travel in safetensors files in shared memory, so that no process ever
 unpickles what another one wrote.
@@ -75,9 +75,9 @@ def share_of(kind: str, m: nn.Module) -> dict[str, Any]:
     or the first row and the number of rows."""
     if kind == "linear":
         rows = [int(n) for n in m.output_partition_sizes]
-        return {"rank": m.tp_rank, "of": m.tp_size, "rows": rows, "columns": _columns(m)}
+        return {"rank": m.tp_rank, "ranks": m.tp_size, "rows": rows, "columns": _columns(m)}
     if kind == "experts":
-        return {"rank": m.moe_config.tp_rank, "of": m.moe_config.tp_size}
+        return {"rank": m.moe_config.tp_rank, "ranks": m.moe_config.tp_size}
     if kind == "norm":
         return {}
     shard = m.shard_indices
@@ -240,11 +240,11 @@ class WorkerMethods:
         are deleted."""
         import psutil
 
-        chain, pid = [], os.getpid()
+        ancestors, pid = [], os.getpid()
         while pid not in (trainer, 0, 1):
-            chain.append(pid)
+            ancestors.append(pid)
             pid = psutil.Process(pid).ppid()
-        if pid != trainer or not chain:  # the trainer's own process, or another machine
+        if pid != trainer or not ancestors:  # the trainer's own process, or another machine
             return
         watched = psutil.Process(trainer)
 
@@ -253,7 +253,7 @@ class WorkerMethods:
                 time.sleep(1)
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
-            for p in reversed(chain):
+            for p in reversed(ancestors):
                 os.kill(p, signal.SIGKILL)
 
         threading.Thread(target=watch, daemon=True).start()
@@ -262,15 +262,15 @@ class WorkerMethods:
 def pad_heads(attention: nn.Module) -> None:
     "Let vLLM's CPU attention compute with heads padded to a size that it knows."
     own, size = attention.forward, attention.head_size
-    wide = padded_head_size(size)
-    attention.head_size = attention.head_size_v = attention.impl.head_size = wide
+    padded_size = padded_head_size(size)
+    attention.head_size = attention.head_size_v = attention.impl.head_size = padded_size
 
     def pad(x: Tensor) -> Tensor:
-        return F.pad(x.unflatten(-1, (-1, size)), (0, wide - size)).flatten(-2)
+        return F.pad(x.unflatten(-1, (-1, size)), (0, padded_size - size)).flatten(-2)
 
     def forward(query, key, value, *args, **kwargs):
         out = own(pad(query), pad(key), pad(value), *args, **kwargs)
-        return out.unflatten(-1, (-1, wide))[..., :size].flatten(-2)
+        return out.unflatten(-1, (-1, padded_size))[..., :size].flatten(-2)
 
     attention.forward = forward
 
