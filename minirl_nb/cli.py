@@ -65,7 +65,7 @@ class EvaluateConfig:
     seed: int = 0
     """Of the sampled responses."""
 
-# %% ../nbs/17_cli.ipynb #5d6f2bb1
+# %% ../nbs/17_cli.ipynb #137b5a21
 @functools.cache
 def _plan_config() -> type[Any]:
     from minirl_nb import plan
@@ -115,6 +115,12 @@ def _upcycle_config() -> type[Any]:
     from minirl_nb.upcycle import UpcycleConfig
 
     return UpcycleConfig
+
+
+def _study_config() -> type[Any]:
+    from minirl_nb.results import StudyConfig
+
+    return StudyConfig
 
 
 def _problems_config() -> type[Any]:
@@ -230,7 +236,7 @@ def _export(positional: list[str], options: list[str]) -> None:
     folder = checkpoint.export(config.source, config.folder, dtype=config.dtype)
     print(f"exported: {folder}")
 
-# %% ../nbs/17_cli.ipynb #11223437
+# %% ../nbs/17_cli.ipynb #217e70a3
 def _fetch(positional: list[str], options: list[str]) -> None:
     from minirl_nb import pretrained
 
@@ -253,6 +259,24 @@ def _upcycle(positional: list[str], options: list[str]) -> None:
     print(f"model: {upcycle.write_upcycled(config)}")
 
 
+def _study(positional: list[str], options: list[str]) -> None:
+    from minirl_nb import results, study
+
+    config = parse_config(results.StudyConfig(), options, "command line")
+    if len(positional) != 2 or positional[0] not in ("run", "status", "report"):
+        known = ", ".join(study.studies())
+        raise ValueError(
+            f"command line: study wants run, status or report, and a study; there are {known}"
+        )
+    action, name = positional
+    if action == "run":
+        study.run_study(name, config.folder, config.workers)
+    if action == "report":
+        print(results.report_study(name, config))
+    else:
+        print(study.status(name, config.folder))
+
+
 def _recipes(positional: list[str], options: list[str]) -> None:
     for name, path in recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
@@ -268,7 +292,7 @@ class Command:
     says: str
     config: Callable[[], type[Any]] | None = None
 
-# %% ../nbs/17_cli.ipynb #627160bc
+# %% ../nbs/17_cli.ipynb #bbe883c2
 COMMANDS = {
     "train": Command(
         _train,
@@ -316,6 +340,12 @@ COMMANDS = {
         ("SOURCE", "FOLDER"),
         "a mixture of experts from a dense model",
         _upcycle_config,
+    ),
+    "study": Command(
+        _study,
+        ("ACTION", "STUDY"),
+        "run a grid of runs, say how far it is, or report what it found",
+        _study_config,
     ),
     "recipes": Command(_recipes, (), "the recipes that ship with the package"),
 }

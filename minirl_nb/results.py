@@ -12,7 +12,8 @@ intervals, verdicts, and the figure.
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'COLLAPSE_WINDOW', 'COLLAPSE_SHARE', 'PANELS', 'collect', 'results',
            'collapsed_at', 'outcomes', 'paired_interval', 'Effect', 'questions', 'verdict',
-           'effects', 'effect_table', 'curves', 'plot_study', 'report']
+           'effects', 'effect_table', 'curves', 'plot_study', 'report', 'StudyConfig',
+           'report_study']
 
 # %% ../nbs/15b_results.ipynb #d707d231
 import json
@@ -343,3 +344,32 @@ def report(study: Study, table: pd.DataFrame) -> str:
     for row in failed.itertuples():
         lines.append(f"{row.setting}, {row.arm}, seed {row.seed}: {row.error}")
     return "\n".join(lines)
+
+# %% ../nbs/15b_results.ipynb #480beead
+@dataclass(frozen=True)
+class StudyConfig:
+    "`minirl study`: run a registered grid of runs, say how far it is, or report what it found."
+
+    folder: str = "runs/studies"
+    """Where the runs are."""
+    workers: int | None = None
+    """Runs at a time; None: as many as there are cores."""
+    output: str = ""
+    """For report: a parquet file that keeps all rows; empty: they are only read."""
+    figure: str = ""
+    """For report: a file for the figure."""
+
+
+def report_study(name: str | Path, config: StudyConfig) -> str:
+    """The report of a study: of its runs if there are any, else of the rows that are kept with the
+    package. FileNotFoundError where there are neither."""
+    try:
+        table = collect(name, config.folder)
+    except ValueError:
+        table = results(name)
+    if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(config.output, compression="zstd", index=False)
+    if config.figure:
+        plot_study(table).savefig(config.figure, dpi=120)
+    return report(load_study(name), table)

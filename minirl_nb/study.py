@@ -196,7 +196,7 @@ def code_hash(entry: str = "train") -> str:
     text = "\n".join(f"{name}\n{seen[name]}" for name in sorted(seen))
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/15a_study.ipynb #31a53a14
+# %% ../nbs/15a_study.ipynb #1845235d
 @dataclass(frozen=True)
 class PlannedRun:
     "One cell of the grid with one seed."
@@ -221,8 +221,10 @@ class PlannedRun:
 
 
 def planned_runs(study: Study, name: str) -> list[PlannedRun]:
-    """All runs of a study, the first seed of every arm first: a study that is interrupted has whole
-    comparisons of fewer seeds. ValueError for a field that no config has."""
+    """All runs of a study, setting by setting, and in each the first seed of every arm first: a
+    study that is interrupted has whole settings, or whole comparisons of fewer seeds.
+
+    ValueError for a field that no config has."""
     code = code_hash()
     runs = []
     for setting, of_setting in study.settings.items():
@@ -234,7 +236,8 @@ def planned_runs(study: Study, name: str) -> list[PlannedRun]:
             for seed in range(study.seed_count(setting, arm)):
                 own = replace(config, seed=seed, output=output)
                 runs.append(PlannedRun(name, setting, arm, seed, own, code))
-    return sorted(runs, key=lambda r: r.seed)
+    place = {setting: i for i, setting in enumerate(study.settings)}
+    return sorted(runs, key=lambda r: (place[r.setting], r.seed))
 
 # %% ../nbs/15a_study.ipynb #86c8de89
 def _end_with_parent(parent: int) -> None:
