@@ -12,10 +12,10 @@ intervals, verdicts, and the figure.
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'COLLAPSE_WINDOW', 'COLLAPSE_SHARE', 'PANELS', 'collect', 'results',
            'collapsed_at', 'outcomes', 'paired_interval', 'Effect', 'questions', 'verdict',
-           'effects', 'effect_table', 'curves', 'plot_study', 'report', 'StudyConfig',
-           'report_study']
+           'effects', 'effect_table', 'curves', 'plot_study', 'rerun', 'repeats', 'report',
+           'StudyConfig', 'report_study']
 
-# %% ../nbs/15b_results.ipynb #d707d231
+# %% ../nbs/15b_results.ipynb #a83a546f
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,11 +24,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.stats
+import yaml
 
-from .config import load_config
+from .config import RunConfig
+from .parsing import parse_config
 from .problem_files import data_path
 from .report import read_rows
-from .study import Comparison, PlannedRun, Study, load_study, planned_runs, state_of
+from minirl_nb.study import (
+    Comparison,
+    PlannedRun,
+    Study,
+    load_study,
+    planned_runs,
+    processor,
+    state_of,
+    versions,
+)
+from .train import train
 
 # %% ../nbs/15b_results.ipynb #779fb4e8
 # columns of a gradient step that are kept; `metrics.jsonl` has more
@@ -320,6 +332,43 @@ def _t_band(values: Sequence[float]) -> tuple[float, float]:
     "Student's interval of a mean, for seaborn; a single seed has no band."
     low, high = paired_interval(values)
     return (low, high) if np.isfinite(low) else (np.nan, np.nan)
+
+# %% ../nbs/15b_results.ipynb #d1f32319
+def rerun(
+    row: pd.Series,  # of kind "run"
+    folder: str | Path,  # to run in; it must be empty
+    steps: int,
+) -> pd.DataFrame:  # the rows of its gradient steps
+    "The first gradient steps of a run once more, from its row."
+    config = parse_config(RunConfig(), yaml.safe_load(row["config"]), "row")
+    changes = {"steps": steps, "output.folder": str(folder), "output.checkpoint_every": 0}
+    changes |= {"evaluation.samples": 1, "evaluation.every": 0, "evaluation.numerics": "train"}
+    found = train(parse_config(config, changes, "rerun"))
+    return pd.DataFrame(found.steps()).astype({"reward": "float32"})
+
+
+def repeats(
+    table: pd.DataFrame,
+    row: pd.Series,  # the run's
+    again: pd.DataFrame,  # of `rerun`
+    names: Sequence[str] = ("reward", "loss", "grad_norm", "k3"),
+    spread: float = 6.0,  # standard deviations over seeds and neighbouring steps
+) -> str:  # how: "to the bit", or "within the spread over seeds"
+    """Whether a repeated run agrees with its rows. AssertionError with the first step and metric
+    that does not."""
+    arm = table[(table["setting"] == row["setting"]) & (table["arm"] == row["arm"])]
+    arm = arm[(arm["kind"] == "step") & (arm["step"] <= len(again))]
+    own = arm[arm["seed"] == row["seed"]].sort_values("step")
+    here = (processor(), versions()) == (row["processor"], row["versions"])
+    for name in names:
+        was = own[name].to_numpy(dtype=np.float32)
+        now = again[name].to_numpy(dtype=np.float32)
+        allowed = 0.0 if here else spread * float(arm[name].std())
+        wrong = np.nonzero(~(np.abs(was - now) <= allowed))[0]
+        if len(wrong):
+            i = wrong[0]
+            raise AssertionError(f"step {i + 1}: {name} was {was[i]:.7g} and is {now[i]:.7g}")
+    return "to the bit" if here else "within the spread over seeds"
 
 # %% ../nbs/15b_results.ipynb #f0d29c07
 def report(study: Study, table: pd.DataFrame) -> str:

@@ -16,8 +16,8 @@ of the two that fit.
 
 # %% auto #0
 __all__ = ['Comparison', 'Study', 'studies', 'load_study', 'code_hash', 'PlannedRun',
-           'planned_runs', 'provenance', 'processor', 'run_one', 'state_of', 'steps_done',
-           'run_study', 'count_states', 'status']
+           'planned_runs', 'provenance', 'versions', 'processor', 'run_one', 'state_of',
+           'steps_done', 'run_study', 'count_states', 'status']
 
 # %% ../nbs/15a_study.ipynb #cb50299d
 import ast
@@ -239,7 +239,7 @@ def planned_runs(study: Study, name: str) -> list[PlannedRun]:
     place = {setting: i for i, setting in enumerate(study.settings)}
     return sorted(runs, key=lambda r: (place[r.setting], r.seed))
 
-# %% ../nbs/15a_study.ipynb #86c8de89
+# %% ../nbs/15a_study.ipynb #52f62b51
 def _end_with_parent(parent: int) -> None:
     "In a worker: a thread that ends the process when the one that started it is gone."
 
@@ -272,11 +272,10 @@ def provenance(run: PlannedRun, seconds: float) -> dict[str, Any]:
         commit = subprocess.run(asked, cwd=here, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):  # an installed package has none
         commit = ""
-    packages = ("torch", "transformers", "numpy")
     return {
         "command": f"minirl study run {run.study}",
         "commit": commit.strip(),
-        "versions": " ".join(f"{p}={metadata.version(p)}" for p in packages),
+        "versions": versions(),
         "python": platform.python_version(),
         "processor": processor(),
         "seconds": round(seconds, 1),
@@ -284,6 +283,11 @@ def provenance(run: PlannedRun, seconds: float) -> dict[str, Any]:
         "identity": run.identity,
         "config": config_yaml(run.config),
     }
+
+
+def versions() -> str:
+    "The libraries that decide a run's bits, with their versions."
+    return " ".join(f"{p}={metadata.version(p)}" for p in ("torch", "transformers", "numpy"))
 
 
 def processor() -> str:
