@@ -44,7 +44,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["minirl_nb", "minirl_nb.*"]),
-    package_data={"minirl_nb": ["recipes/*.yaml"]},
+    package_data={"minirl_nb": ["recipes/*.yaml", "studies/*.yaml"]},
     cmdclass={"build_py": BuildWithData},
     install_requires=cfg["requirements"].split(),
     extras_require={

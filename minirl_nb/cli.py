@@ -9,9 +9,10 @@ mistake that ends in a traceback refutes it.
 __all__ = ['COMMANDS', 'NOBODY_READS', 'ExportConfig', 'EvaluateConfig', 'ReportConfig', 'Command',
            'usage', 'main']
 
-# %% ../nbs/17_cli.ipynb #64a02a35
+# %% ../nbs/17_cli.ipynb #b1e15e1f
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -75,7 +76,7 @@ class ReportConfig:
     output: str = "report.html"
     """File to write."""
 
-# %% ../nbs/17_cli.ipynb #5d6f2bb1
+# %% ../nbs/17_cli.ipynb #3a8236fa
 @functools.cache
 def _plan_config() -> type[Any]:
     from minirl_nb import plan
@@ -109,28 +110,9 @@ def _plan_config() -> type[Any]:
     return PlanConfig
 
 
-def _coldstart_config() -> type[Any]:
-    from minirl_nb.coldstart import ColdStartConfig
-
-    return ColdStartConfig
-
-
-def _fetch_config() -> type[Any]:
-    from minirl_nb.pretrained import FetchConfig
-
-    return FetchConfig
-
-
-def _upcycle_config() -> type[Any]:
-    from minirl_nb.upcycle import UpcycleConfig
-
-    return UpcycleConfig
-
-
-def _problems_config() -> type[Any]:
-    from minirl_nb.selection import ProblemsConfig
-
-    return ProblemsConfig
+def _config_of(module: str, name: str) -> Callable[[], type[Any]]:
+    "The type of a command's options, found in its module once it is asked for."
+    return lambda: getattr(importlib.import_module(f"minirl_nb.{module}"), name)
 
 # %% ../nbs/17_cli.ipynb #55e5894a
 def _split(words: list[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -241,7 +223,7 @@ def _export(positional: list[str], options: list[str]) -> None:
     folder = checkpoint.export(config.source, config.folder, dtype=config.dtype)
     print(f"exported: {folder}")
 
-# %% ../nbs/17_cli.ipynb #df11f97c
+# %% ../nbs/17_cli.ipynb #eedf4450
 def _fetch(positional: list[str], options: list[str]) -> None:
     from minirl_nb import pretrained
 
@@ -287,6 +269,13 @@ def _compare(positional: list[str], options: list[str]) -> None:
     print(compare.comparison(*map(compare.read_group, positional)))
 
 
+def _study(positional: list[str], options: list[str]) -> None:
+    from minirl_nb import results
+
+    config = parse_config(results.StudyConfig(), options, "command line")
+    print(results.study_command(positional, config))
+
+
 def _recipes(positional: list[str], options: list[str]) -> None:
     for name, path in recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
@@ -302,7 +291,7 @@ class Command:
     says: str
     config: Callable[[], type[Any]] | None = None
 
-# %% ../nbs/17_cli.ipynb #6137867b
+# %% ../nbs/17_cli.ipynb #663eaa15
 COMMANDS = {
     "train": Command(
         _train,
@@ -317,7 +306,10 @@ COMMANDS = {
         lambda: EvaluateConfig,
     ),
     "coldstart": Command(
-        _coldstart, (), "supervised cold start from teacher traces", _coldstart_config
+        _coldstart,
+        (),
+        "supervised cold start from teacher traces",
+        _config_of("coldstart", "ColdStartConfig"),
     ),
     "plan": Command(
         _plan, ("[RECIPE]",), "memory, time and cost of a run on a cluster", _plan_config
@@ -326,7 +318,7 @@ COMMANDS = {
         _problems,
         ("[SOURCE]",),
         "choose verified problems from a larger set; alone, the sets known by name",
-        _problems_config,
+        _config_of("selection", "ProblemsConfig"),
     ),
     "verify": Command(
         _verify,
@@ -343,17 +335,23 @@ COMMANDS = {
         _fetch,
         ("SOURCE", "[FOLDER]"),
         "a small pretrained model as a Hugging Face folder",
-        _fetch_config,
+        _config_of("pretrained", "FetchConfig"),
     ),
     "upcycle": Command(
         _upcycle,
         ("SOURCE", "FOLDER"),
         "a mixture of experts from a dense model",
-        _upcycle_config,
+        _config_of("upcycle", "UpcycleConfig"),
     ),
     "diagnose": Command(_diagnose, ("RUN", "[RUN ...]"), "what is wrong in a run, and since when"),
     "report": Command(_report, ("RUN", "[RUN ...]"), "runs in one HTML file", lambda: ReportConfig),
     "compare": Command(_compare, ("A", "B"), "paired differences of two runs or groups of seeds"),
+    "study": Command(
+        _study,
+        ("ACTION", "STUDY"),
+        "run a grid of runs, say how far it is, or report what it found",
+        _config_of("results", "StudyConfig"),
+    ),
     "recipes": Command(_recipes, (), "the recipes that ship with the package"),
 }
 
