@@ -105,11 +105,12 @@ def _figure(title: str, last: int, unit: str = "", **options: Any):
     "An empty chart of steps 0 to `last`, with the tools that all have."
     _bokeh()
     from bokeh.models import BoxZoomTool, PanTool, Range1d, ResetTool, WheelZoomTool
+    from bokeh.models.annotations import Title
     from bokeh.plotting import figure
 
     wheel = WheelZoomTool()
     chart = figure(
-        title=title,
+        title=Title(text=title, text_font_size="13px"),
         width=460,
         height=260,
         x_range=Range1d(0, last + 0.5, bounds=(0, last + 0.5)),
@@ -120,14 +121,14 @@ def _figure(title: str, last: int, unit: str = "", **options: Any):
     )
     chart.toolbar.logo = None
     chart.toolbar.autohide = True
-    chart.title.text_font_size = "13px"
     chart.grid.grid_line_alpha = 0.4
     return chart
 
 # %% ../nbs/15f_dashboard.ipynb #b315e9c8
 def _curves(panel: Panel, logs: Sequence[Log], last: int):
     "The chart of a panel; None where no run has its keys."
-    from bokeh.models import ColumnDataSource, HoverTool, Span
+    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models.annotations import Span
 
     sources = [ColumnDataSource(_columns(log, panel)) for log in logs]
     shown = [
@@ -187,7 +188,8 @@ def accuracies(log: Log) -> dict[str, list[tuple[int, float, float, float]]]:
 
 
 def _accuracy_chart(logs: Sequence[Log], last: int):
-    from bokeh.models import ColumnDataSource, HoverTool, Whisker
+    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models.annotations import Whisker
 
     chart = None
     for i, log in enumerate(logs):
@@ -213,7 +215,8 @@ def _accuracy_chart(logs: Sequence[Log], last: int):
 # %% ../nbs/15f_dashboard.ipynb #13110cb0
 def _flips_chart(log: Log, ratio: str, last: int):
     "The heat map of one run; None where its log has no flips by layer."
-    from bokeh.models import ColorBar, HoverTool, LinearColorMapper
+    from bokeh.models import HoverTool, LinearColorMapper
+    from bokeh.models.annotations import ColorBar
 
     key = f"{ratio}/flip_by_layer"
     rows = [row for row in log.steps if row.get(key)]
