@@ -318,11 +318,11 @@ def _response(sample: dict[str, Any]) -> str:
     )
 
 
-def _samples(log: Log, most: int = 6) -> str:
+def _samples(log: Log, limit: int = 6) -> str:
     "Samples of some steps of a run, the last one open; empty where none were kept by token."
     files = sorted((log.folder / "samples").glob("step_*.json"))
-    if len(files) > most:  # first, last, and evenly between
-        files = [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
+    if len(files) > limit:  # first, last, and evenly between
+        files = [files[round(i * (len(files) - 1) / (limit - 1))] for i in range(limit)]
     parts = []
     for file in files:
         step = int(file.stem.removeprefix("step_"))

@@ -146,7 +146,7 @@ def _number(x: float) -> str:
     return f"{x:.2g}"
 
 # %% ../nbs/15d_diagnose.ipynb #d981a321
-def _divergence(rows: Sequence[dict], keys: Sequence[str], of: str) -> tuple[int, str] | None:
+def _divergence(rows: Sequence[dict], keys: Sequence[str], ratio: str) -> tuple[int, str] | None:
     "The rule for a divergence in nats per token: the first of the keys that the log has."
     for key in keys:
         found = series(rows, key) if key == "k3" else measured(rows, key)
@@ -155,7 +155,7 @@ def _divergence(rows: Sequence[dict], keys: Sequence[str], of: str) -> tuple[int
         squared = not key.endswith("/abs")
         factor = limit("growth") if squared else math.sqrt(limit("growth"))
         least = limit("least kl") if squared else math.sqrt(2 * limit("least kl"))
-        what = f"{of}, as {metric(key).title}"
+        what = f"{ratio}, as {metric(key).title}"
         since = found.since(found.level > max(factor * found.first, least))
         if since is not None:
             first, last = _number(found.first), _number(found.last)
@@ -216,10 +216,10 @@ def _layer(rows):
     if layers < 2:
         return None
 
-    def of(layer):
+    def of_layer(layer):
         return series(rows, lambda row: row[key][layer] if row.get(key) else None)
 
-    found = [of(layer) for layer in range(layers)]
+    found = [of_layer(layer) for layer in range(layers)]
     if None in found:
         return None
     rise = np.array([s.level - s.first for s in found])  # [L, n]

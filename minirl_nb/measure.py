@@ -80,7 +80,9 @@ def flips(run: Run, step: Step, i: int) -> dict[str, Any]:
     return out
 
 # %% ../nbs/14h_measure.ipynb #5a1d0c3f
-def token_samples(run: Run, step: Step, most: int = 8, longest: int = 1024) -> list[dict[str, Any]]:
+def token_samples(
+    run: Run, step: Step, limit: int = 8, longest: int = 1024
+) -> list[dict[str, Any]]:
     """Some of this rank's responses of the first mini-batch, token by token.
 
     prompt: text. reward: a number. tokens: their texts, `longest` at most. log_ratio:
@@ -89,13 +91,13 @@ def token_samples(run: Run, step: Step, most: int = 8, longest: int = 1024) -> l
         without routers. layers: how many there are."""
     r, found = step.rollout, []
     rows = monitored_rows(run, step, 0) if step.live else step.minibatches[0]
-    each = max(1, len(rows) // most)
+    each = max(1, len(rows) // limit)
     flipped = None
     if step.live:
         T = int(r.length[rows].max()) if len(rows) else 0
         mu, old = step.mu_routes.select(rows).padded(T), step.live[0].padded(T)
         flipped = routing.compare(mu, old, step.mu_valid[rows, :T]).per_token
-    for i, b in list(enumerate(rows.tolist()))[::each][:most]:
+    for i, b in list(enumerate(rows.tolist()))[::each][:limit]:
         start = int(r.prompt_length[b])
         at = slice(start, min(int(r.length[b]), start + longest))
         gap = step.logp_old[b, at] - r.logp_mu[b, at]

@@ -45,7 +45,7 @@ from minirl_nb.study import (
 )
 from .train import train
 
-# %% ../nbs/15b_results.ipynb #779fb4e8
+# %% ../nbs/15b_results.ipynb #e9f6beba
 # columns of a gradient step that are kept; `metrics.jsonl` has more
 STEP_COLUMNS = (
     "reward",
@@ -75,7 +75,7 @@ STEP_COLUMNS = (
     "seconds/step",
 )
 
-
+# %% ../nbs/15b_results.ipynb #7e9e95e1
 def _rows_of(run: PlannedRun, root: Path) -> Iterator[dict]:
     "The rows of one finished run, its own first."
     folder = run.folder(root)
@@ -110,7 +110,7 @@ def results(name: str | Path) -> pd.DataFrame:
         raise FileNotFoundError(f"there are no results of the study {Path(name).stem} at {path}")
     return pd.read_parquet(path)
 
-# %% ../nbs/15b_results.ipynb #94ef7491
+# %% ../nbs/15b_results.ipynb #700b545a
 COLLAPSE_WINDOW, COLLAPSE_SHARE = 20, 0.5
 
 
@@ -128,7 +128,7 @@ def collapsed_at(
     above = np.nonzero(~low)[0]
     return int(above[-1]) + 2 if len(above) else 1
 
-
+# %% ../nbs/15b_results.ipynb #f5f12f0f
 def outcomes(
     table: pd.DataFrame,  # of `collect` or `results`
     outcome: str = "accuracy/train",
@@ -150,7 +150,7 @@ def outcomes(
         )
     return pd.DataFrame(rows)
 
-# %% ../nbs/15b_results.ipynb #0378354a
+# %% ../nbs/15b_results.ipynb #07273351
 def paired_interval(
     differences: Sequence[float],  # of each seed
     confidence: float = 0.95,
@@ -183,12 +183,12 @@ class Effect:
     collapsed: tuple[int, int]
     verdict: str
 
-
+# %% ../nbs/15b_results.ipynb #39d00275
 def questions(study: Study) -> list[tuple[str, Comparison]]:
     "All that a study asks: setting and comparison."
     return [(s, c) for c in study.comparisons for s in study.settings if s in (c.settings or [s])]
 
-# %% ../nbs/15b_results.ipynb #95cf0d5a
+# %% ../nbs/15b_results.ipynb #1bd92e4b
 def verdict(paper: str, low: float, high: float, margin: float) -> str:
     "What an interval says about the paper's statement."
     if paper == "same" and (low > margin or high < -margin):
@@ -209,7 +209,7 @@ def verdict(paper: str, low: float, high: float, margin: float) -> str:
 
 def effects(study: Study, table: pd.DataFrame) -> list[Effect]:
     "All registered comparisons, as far as both arms have runs of a seed in common."
-    ends = outcomes(table, study.outcome).set_index(["setting", "arm", "seed"])
+    ends = outcomes(table, study.outcome).set_index(["setting", "arm", "seed"]).sort_index()
     asked = questions(study)
     found = []
     for setting, c in asked:
@@ -219,7 +219,7 @@ def effects(study: Study, table: pd.DataFrame) -> list[Effect]:
             continue
         both = pair[0].join(pair[1], lsuffix="_arm", rsuffix="_against", how="inner")
         difference = (both["outcome_arm"] - both["outcome_against"]).to_numpy()
-        wide = paired_interval(difference, 1 - 0.05 / len(asked))
+        simultaneous = paired_interval(difference, 1 - 0.05 / len(asked))
         collapsed = (int(both["collapsed_arm"].sum()), int(both["collapsed_against"].sum()))
         found.append(
             Effect(
@@ -230,14 +230,14 @@ def effects(study: Study, table: pd.DataFrame) -> list[Effect]:
                 len(difference),
                 float(difference.mean()),
                 *paired_interval(difference),
-                *wide,
+                *simultaneous,
                 collapsed,
-                verdict(c.paper, *wide, study.margin),
+                verdict(c.paper, *simultaneous, study.margin),
             )
         )
     return found
 
-
+# %% ../nbs/15b_results.ipynb #b9e72f08
 def effect_table(found: Sequence[Effect]) -> pd.DataFrame:
     "Effects as a table to read."
     rows = []
@@ -254,7 +254,7 @@ def effect_table(found: Sequence[Effect]) -> pd.DataFrame:
     names = ["setting", "arm", "against", "seeds", "difference", "95%", "simultaneous"]
     return pd.DataFrame(rows)[[*names, "collapsed", "paper", "verdict"]]
 
-# %% ../nbs/15b_results.ipynb #117f4bd3
+# %% ../nbs/15b_results.ipynb #31fea0dd
 PANELS = {
     "reward": "training reward",
     "accuracy": "benchmark accuracy",
@@ -265,7 +265,7 @@ PANELS = {
 
 
 def curves(table: pd.DataFrame, outcome: str = "accuracy/train") -> pd.DataFrame:
-    "Long form for the figure: setting, arm, seed, step, panel, value; rewards and the like smoothed."
+    "Long form for the figure: setting, arm, seed, step, panel, value; all but accuracy smoothed."
     parts = []
     for (setting, arm, seed), run in table.groupby(["setting", "arm", "seed"], sort=False):
         own = {"setting": setting, "arm": arm, "seed": seed}
@@ -282,7 +282,7 @@ def curves(table: pd.DataFrame, outcome: str = "accuracy/train") -> pd.DataFrame
         parts.append(part.assign(panel="accuracy", **own))
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../nbs/15b_results.ipynb #ae9c9633
 def plot_study(
     table: pd.DataFrame,
     settings: Sequence[str] | None = None,  # rows of the figure; None: all
@@ -330,13 +330,13 @@ def plot_study(
         fig.legend(handles=handles, loc="outside lower center", ncols=len(arms), frameon=False)
     return fig
 
-
+# %% ../nbs/15b_results.ipynb #7b1dca5e
 def _t_band(values: Sequence[float]) -> tuple[float, float]:
     "Student's interval of a mean, for seaborn; a single seed has no band."
     low, high = paired_interval(values)
     return (low, high) if np.isfinite(low) else (np.nan, np.nan)
 
-# %% ../nbs/15b_results.ipynb #d1f32319
+# %% ../nbs/15b_results.ipynb #48f80ee9
 def rerun(
     row: pd.Series,  # of kind "run"
     folder: str | Path,  # to run in; it must be empty
@@ -349,7 +349,7 @@ def rerun(
     found = train(parse_config(config, changes, "rerun"))
     return pd.DataFrame(found.steps()).astype({"reward": "float32"})
 
-
+# %% ../nbs/15b_results.ipynb #b4ed65c1
 def repeats(
     table: pd.DataFrame,
     row: pd.Series,  # the run's
@@ -373,7 +373,7 @@ def repeats(
             raise AssertionError(f"step {i + 1}: {name} was {was[i]:.7g} and is {now[i]:.7g}")
     return "to the bit" if here else "within the spread over seeds"
 
-# %% ../nbs/15b_results.ipynb #f0d29c07
+# %% ../nbs/15b_results.ipynb #bbb36fa4
 def report(study: Study, table: pd.DataFrame) -> str:
     "Runs, effects and ends of a study, as text."
     runs = table[table.kind == "run"]
@@ -382,10 +382,11 @@ def report(study: Study, table: pd.DataFrame) -> str:
     arms = ends.groupby(["setting", "arm"], sort=False)[columns].mean().round(3)
     arms.insert(0, "seeds", ends.groupby(["setting", "arm"], sort=False).size())
     hours = runs["seconds"].sum() / 3600
+    codes = [x[:8] for x in runs["code"].unique()]
     lines = [
         study.question,
         "",
-        f"{len(runs)} runs, {hours:.1f} hours, code {', '.join(x[:8] for x in runs['code'].unique())}",
+        f"{len(runs)} runs, {hours:.1f} hours, code {', '.join(codes)}",
         f"{len(questions(study))} comparisons registered; simultaneous intervals share the 5%",
         "",
     ]

@@ -51,7 +51,7 @@ from .parsing import parse_config
 from .run import TrainingError
 from .train import train
 
-# %% ../nbs/15a_study.ipynb #3862e840
+# %% ../nbs/15a_study.ipynb #0688f760
 @dataclass(frozen=True)
 class Comparison:
     "One question: how does `arm` end beside `against`, and what does the paper say?"
@@ -63,7 +63,7 @@ class Comparison:
     settings: tuple[str, ...] = ()
     """Settings in which it is asked; empty: all."""
 
-
+# %% ../nbs/15a_study.ipynb #d9f32cc8
 @dataclass(frozen=True)
 class Study:
     "A grid of runs, as it was registered before they ran."
@@ -299,7 +299,7 @@ def processor() -> str:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     return f"{name} ({os.environ.get('ATEN_CPU_CAPABILITY', 'native')})"
 
-# %% ../nbs/15a_study.ipynb #650b625a
+# %% ../nbs/15a_study.ipynb #6add57dc
 def run_one(run: PlannedRun, root: str | Path) -> str:
     """Bring one run to its end: "done", "failed" (its error is kept in failed.json), or "elsewhere"
     where another process is at it."""
@@ -323,7 +323,7 @@ def run_one(run: PlannedRun, root: str | Path) -> str:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the rows are what is kept
         return state_of(run, root)
 
-
+# %% ../nbs/15a_study.ipynb #815b1780
 def _seconds_before(folder: Path) -> float:
     "Seconds of earlier parts of a run that was interrupted."
     changes = folder / "provenance.json"
@@ -345,7 +345,7 @@ def steps_done(run: PlannedRun, root: str | Path) -> int:
     file = run.folder(root) / "metrics.jsonl"
     return file.read_text(encoding="utf-8").count('"kind": "step"') if file.exists() else 0
 
-# %% ../nbs/15a_study.ipynb #ce676c6b
+# %% ../nbs/15a_study.ipynb #37487ad6
 def run_study(
     name: str | Path,  # of the package's, or a YAML file
     root: str | Path = "runs/studies",
@@ -364,7 +364,8 @@ def run_study(
     context = multiprocessing.get_context("spawn")
     bar = tqdm(total=total, unit="step", desc=name, disable=not progress, smoothing=0.02)
     bar.n = bar.initial = sum(steps_done(r, root) for r in runs)
-    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent, initargs=(os.getpid(),))
+    me = (os.getpid(),)
+    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent, initargs=me)
     with bar, pool:
         waiting: set[Future] = {pool.submit(run_one, r, root) for r in missing}
         try:
@@ -382,7 +383,7 @@ def run_study(
             pool.shutdown(wait=False, cancel_futures=True)
     return count_states(runs, root)
 
-
+# %% ../nbs/15a_study.ipynb #92a4f22c
 def count_states(runs: list[PlannedRun], root: str | Path) -> dict[str, int]:
     "How many runs are done, failed, started, missing."
     states = [state_of(r, root) for r in runs]
