@@ -121,7 +121,7 @@ def _pairs_of_mapping(
         is_section = any(k.startswith(f"{key}.") for k in kinds)
         if is_section and value is None:
             continue
-        if isinstance(value, dict) and key not in kinds:
+        if isinstance(value, dict) and key not in kinds and (value or is_section):
             yield from _pairs_of_mapping(value, kinds, f"{key}.")
         else:
             yield key, value

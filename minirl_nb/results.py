@@ -217,7 +217,9 @@ def effects(study: Study, table: pd.DataFrame) -> list[Effect]:
             pair = [ends.loc[(setting, name)] for name in (c.arm, c.against)]
         except KeyError:  # no run of one of the arms yet
             continue
-        both = pair[0].join(pair[1], lsuffix="_arm", rsuffix="_against", how="inner")
+        both = pair[0].merge(
+            pair[1], left_index=True, right_index=True, suffixes=("_arm", "_against")
+        )
         difference = (both["outcome_arm"] - both["outcome_against"]).to_numpy()
         simultaneous = paired_interval(difference, 1 - 0.05 / len(asked))
         collapsed = (int(both["collapsed_arm"].sum()), int(both["collapsed_against"].sum()))
@@ -302,22 +304,14 @@ def plot_study(
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
         size = (2.6 * len(PANELS), 2.3 * len(settings) + 0.4)
         fig, axes = plt.subplots(
-            len(settings), len(PANELS), figsize=size, dpi=75, layout="constrained", squeeze=False
+            len(settings), len(PANELS), figsize=size, dpi=60, layout="constrained", squeeze=False
         )
         for row, setting in zip(axes, settings):
             for ax, (panel, title) in zip(row, PANELS.items()):
                 own = drawn[(drawn["setting"] == setting) & (drawn["panel"] == panel)]
-                sns.lineplot(
-                    own,
-                    x="step",
-                    y="value",
-                    hue="arm",
-                    hue_order=arms,
-                    palette=colours,
-                    errorbar=_t_band,
-                    legend=False,
-                    ax=ax,
-                )
+                columns = {"x": "step", "y": "value", "hue": "arm", "hue_order": arms}
+                look = {"palette": colours, "errorbar": _t_band, "legend": False, "ax": ax}
+                sns.lineplot(own, **columns, **look)
                 ax.set(xlabel="", ylabel="", title=f"{setting}: {title}")
                 ax.title.set_fontsize(8)
                 if panel == "kl":
