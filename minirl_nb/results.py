@@ -206,7 +206,7 @@ def verdict(paper: str, low: float, high: float, margin: float) -> str:
         return seen
     return "reproduced" if seen == paper else "contradicted"
 
-
+# %% ../nbs/15b_results.ipynb #3e5fa0c1
 def effects(study: Study, table: pd.DataFrame) -> list[Effect]:
     "All registered comparisons, as far as both arms have runs of a seed in common."
     ends = outcomes(table, study.outcome).set_index(["setting", "arm", "seed"]).sort_index()
