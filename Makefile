@@ -25,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 QUICK := $(wildcard $(addprefix tests/test_,$(addsuffix .py,exact weights clipping batch outputs repository)))
 
 .PHONY: demo test quick venv dev vllm notebooks-clean exported readme-current guide-current lint types pages numerics unit
-.PHONY: page record bench bench-trl verl coldstart smollm2 smollm2_sums clean
+.PHONY: page record bench verl coldstart smollm2 smollm2_sums clean
 
 demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 	$(BIN)/minirl train demo --output.folder $(RUN) --rollout.engine $(ENGINE) $(ARGS)
@@ -67,10 +67,6 @@ record: $(VENV)/.dev $(VENV)/.vllm
 	$(PYTEST) --record-seconds
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench $(ARGS)
-# TRL for the comparison, in an environment of its own
-bench-trl: $(VENV)/.base
-	$(BIN)/python -m venv .venv-trl
-	.venv-trl/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)" trl==1.16.0 transformers==5.23.0
 # verl's own functions for tests/test_verl.py: its requirements exclude this project's transformers, so it and what
 # it imports lie in a folder of their own, without what they require
 VERL := verl==0.9.1 tensordict==0.10.0 ray==2.60.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 hydra-core==1.3.8 \

@@ -15,7 +15,7 @@ __all__ = ['COMPARED', 'read_group', 'pairs_of', 'Change', 'last_quarter', 'chan
 # %% ../nbs/15e_compare.ipynb #402b8c14
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -89,6 +89,16 @@ def last_quarter(log: Log, key: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _change(key: str, values: Sequence[Sequence[float]]) -> Change:
+    "From the two numbers of each pair of runs; one pair has no interval."
+    x = torch.tensor(values, dtype=torch.float64)  # [pairs, 2]
+    before, after = x.mean(0).tolist()
+    if len(x) < 2:
+        return Change(key, before, after)
+    low, high = bootstrap_interval([x[:, 1] - x[:, 0]])
+    return Change(key, before, after, float(low), float(high))
+
+
 def changes(pairs: Sequence[tuple[Log, Log]]) -> list[Change]:
     "The change of each metric of `COMPARED` that all runs have."
     found = []
@@ -96,12 +106,7 @@ def changes(pairs: Sequence[tuple[Log, Log]]) -> list[Change]:
         values = [[last_quarter(log, key) for log in pair] for pair in pairs]
         if any(x is None for pair in values for x in pair):
             continue
-        x = torch.tensor(values, dtype=torch.float64)  # [pairs, 2]
-        change = Change(key, float(x[:, 0].mean()), float(x[:, 1].mean()))
-        if len(pairs) > 1:
-            low, high = bootstrap_interval([x[:, 1] - x[:, 0]])
-            change = replace(change, low=float(low), high=float(high))
-        found.append(change)
+        found.append(_change(key, values))
     return found
 
 # %% ../nbs/15e_compare.ipynb #6d912c78
@@ -131,11 +136,7 @@ def _group_accuracy(pairs: Sequence[tuple[Log, Log]]) -> list[Change]:
         if not all(numerics in r for pair in results for r in pair):
             continue
         values = [[r[numerics].accuracy() for r in pair] for pair in results]
-        x = torch.tensor(values, dtype=torch.float64)
-        low, high = bootstrap_interval([x[:, 1] - x[:, 0]])
-        before, after = x.mean(0).tolist()
-        key = f"accuracy/{numerics}/mean"
-        found.append(Change(key, before, after, float(low), float(high)))
+        found.append(_change(f"accuracy/{numerics}/mean", values))
     return found
 
 # %% ../nbs/15e_compare.ipynb #0fb2d4f7

@@ -17,8 +17,8 @@ is made; what several must satisfy together is on the next page (`14b_checks`).
 # %% auto #0
 __all__ = ['LowPrecision', 'Config', 'ModelConfig', 'TaskConfig', 'RolloutConfig', 'BatchConfig',
            'ObjectiveConfig', 'OptimizerConfig', 'EvaluationConfig', 'OutputConfig',
-           'ParallelConfig', 'RunConfig', 'prompts_of', 'recipes', 'load_config', 'config_yaml',
-           'flatten', 'parse_config']
+           'ParallelConfig', 'RunConfig', 'prompts_of', 'shipped', 'recipes', 'read_shipped',
+           'load_config', 'config_yaml', 'flatten', 'parse_config']
 
 # %% ../nbs/14_config.ipynb #43dbc4b0
 import importlib.resources
@@ -394,27 +394,34 @@ def prompts_of(config: RunConfig) -> tuple[int, int]:
     return config.batch.prompts_per_rollout, config.batch.prompts_per_update
 
 # %% ../nbs/14_config.ipynb #b51db826
+def shipped(folder: str) -> dict[str, Path]:
+    "YAML files that ship with the package in one of its folders, by name."
+    place = Path(str(importlib.resources.files("minirl_nb"))) / folder
+    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
+
+
 def recipes() -> dict[str, Path]:
     "The recipes that ship with the package, by name."
-    folder = Path(str(importlib.resources.files("minirl_nb"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return shipped("recipes")
 
 
-def _read_recipe(recipe: str | Path) -> tuple[Path, dict]:
-    """Path and content of a recipe. FileNotFoundError where there is none, ValueError for a file
+def read_shipped(
+    name: str | Path,  # of a shipped file, or a path
+    known: dict[str, Path],  # of `shipped`
+    what: str,  # the word for one of them
+) -> tuple[Path, dict]:
+    """Path and content of a YAML file. FileNotFoundError where there is none, ValueError for a file
     that is no mapping."""
-    path = recipes().get(str(recipe), Path(recipe))
+    path = known.get(str(name), Path(name))
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no recipe {recipe}; the package's are {', '.join(recipes())}"
-        )
+        raise FileNotFoundError(f"there is no {what} {name}; the package's are {', '.join(known)}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(
-            f"{path}: a recipe is a mapping of keys to values, not a {type(tree).__name__}"
+            f"{path}: a {what} is a mapping of keys to values, not a {type(tree).__name__}"
         )
     return path, tree
 
@@ -435,7 +442,7 @@ def load_config(
     recipe that is no mapping; FileNotFoundError for a missing recipe."""
     values = {}
     if recipe is not None:
-        path, tree = _read_recipe(recipe)
+        path, tree = read_shipped(recipe, recipes(), "recipe")
         values |= read_changes(RunConfig, tree, str(path))
     source = "override" if isinstance(overrides, dict) else "command line"
     values |= read_changes(kind, overrides, source)

@@ -18,7 +18,6 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
@@ -27,15 +26,14 @@ from .config import RunConfig
 from .logs import Log
 from .metrics import metric
 from .parity import Parity, widened
-from .validity import VALIDITY_LIMIT, VALIDITY_WINDOW
+from .validity import VALIDITY_KL, VALIDITY_LIMIT, VALIDITY_WINDOW
 
 # %% ../nbs/15d_diagnose.ipynb #4195f049
 # nats per token at which `validity.distance_of` of the window reaches the limit: its inverse
-_LIMIT_KL = 2 * NormalDist().inv_cdf((1 + VALIDITY_LIMIT) / 2) ** 2 / VALIDITY_WINDOW
 LIMITS: dict[str, tuple[float, str]] = {
     "growth": (3.0, "the levels of healthy runs rise by a factor of 2.1 at most"),
     "least kl": (2e-3, "nats per token; FP8 engines of healthy runs start at 1e-3 to 2e-3"),
-    "kl": (_LIMIT_KL, "nats per token at which the validity limit is reached (02b)"),
+    "kl": (VALIDITY_KL / VALIDITY_WINDOW, "nats per token at the validity limit (02b)"),
     "layer": (2.0, "times the largest rise in another layer; layers above follow a faulty one"),
     "least flips": (0.05, "below it a layer's share is a handful of flips"),
     "entropy falls": (0.1, "of the first level; the demo ends its 200 healthy steps at 0.16"),

@@ -30,7 +30,7 @@ from . import evaluate
 from .checkpoint import newest_checkpoint, write_atomically
 from .config import RunConfig
 from .metrics import metric
-from .validity import VALIDITY_LIMIT, VALIDITY_WINDOW
+from .validity import shift_warning
 from .parsing import flatten
 from .rollout import Sampling
 
@@ -252,21 +252,13 @@ class ProgressBar:
         self.warn_of_shift(last)
 
     def warn_of_shift(self, last: dict) -> None:
-        """Say once that the shift within `VALIDITY_WINDOW` tokens is beyond the limit.
-
-        Over whole responses it always is where responses are long, so that says nothing.
-        """
-        if self.warned or not last["validity/local_shift"] > VALIDITY_LIMIT:
+        "Say once that the local shift is beyond the limit (`validity.shift_warning`)."
+        if self.warned or not (said := shift_warning(last)):
             return
         self.warned = True
         self.say(
-            f"gradient step {last['step']}: the surrogate's gradient may be off by its own length, "
-            f"even where credit is local (validity/local_shift {last['validity/local_shift']:.2f} "
-            f"over {VALIDITY_WINDOW} tokens, limit {VALIDITY_LIMIT:g}; "
-            f"{100 * last['validity/staleness']:.0f}% of the shift is staleness; good for "
-            f"{last['validity/horizon']:.0f} tokens at these ratios): fewer updates, a smaller "
-            "learning rate, or routing replay; this is said once, metrics.jsonl has it for every "
-            "step"
+            f"gradient step {last['step']}: {said}; this is said once, metrics.jsonl has it for "
+            "every step"
         )
 
     def close(self) -> None:

@@ -23,11 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 import yaml
 
 from .config import RunConfig
 from .parsing import parse_config
+from .metrics import metric
+from .precision import interval
 from .problem_files import data_path
 from .report import read_rows
 from minirl_nb.study import (
@@ -44,6 +45,7 @@ from minirl_nb.study import (
     versions,
 )
 from .train import train
+from .validity import VALIDITY_LIMIT
 
 # %% ../nbs/15b_results.ipynb #e9f6beba
 # columns of a gradient step that are kept; `metrics.jsonl` has more
@@ -129,6 +131,13 @@ def collapsed_at(
     return int(above[-1]) + 2 if len(above) else 1
 
 # %% ../nbs/15b_results.ipynb #f5f12f0f
+def _evaluations(run: pd.DataFrame, outcome: str) -> pd.DataFrame:
+    "Step and value of each evaluation of a run, the mean over benchmarks."
+    rows = run[run.kind == "evaluation"].sort_values("step")
+    value = rows[[c for c in run if c.startswith(f"{outcome}/")]].mean(axis=1)
+    return pd.DataFrame({"step": rows["step"], "value": value})
+
+
 def outcomes(
     table: pd.DataFrame,  # of `collect` or `results`
     outcome: str = "accuracy/train",
@@ -137,8 +146,7 @@ def outcomes(
     rows = []
     for (setting, arm, seed), run in table.groupby(["setting", "arm", "seed"], sort=False):
         steps = run[run.kind == "step"].sort_values("step")
-        evaluations = run[run.kind == "evaluation"].sort_values("step")
-        accuracy = evaluations[[c for c in run if c.startswith(f"{outcome}/")]].mean(axis=1)
+        accuracy = _evaluations(run, outcome)["value"]
         error = run.loc[run.kind == "run", "error"].iloc[0]
         last = steps.tail(max(1, len(steps) // 10))
         at = len(steps) if error else collapsed_at(steps["reward"].to_numpy())
@@ -156,11 +164,8 @@ def paired_interval(
     confidence: float = 0.95,
 ) -> tuple[float, float]:
     "Student's interval for the mean of paired differences; infinite for fewer than two."
-    d = np.asarray(differences, dtype=float)
-    if len(d) < 2:
-        return -np.inf, np.inf
-    half = scipy.stats.t.ppf((1 + confidence) / 2, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
-    return float(d.mean() - half), float(d.mean() + half)
+    _, low, high = interval([float(d) for d in differences], confidence)
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -257,13 +262,7 @@ def effect_table(found: Sequence[Effect]) -> pd.DataFrame:
     return pd.DataFrame(rows)[[*names, "collapsed", "paper", "verdict"]]
 
 # %% ../nbs/15b_results.ipynb #31fea0dd
-PANELS = {
-    "reward": "training reward",
-    "accuracy": "benchmark accuracy",
-    "entropy": "token entropy, nats",
-    "kl": "KL(mu || pi), nats per token",
-    "validity/local_shift": "validity: local shift",
-}
+PANELS = ("reward", "accuracy", "entropy", "kl", "validity/local_shift")
 
 
 def curves(table: pd.DataFrame, outcome: str = "accuracy/train") -> pd.DataFrame:
@@ -278,10 +277,7 @@ def curves(table: pd.DataFrame, outcome: str = "accuracy/train") -> pd.DataFrame
             y = steps[panel].astype(float).rolling(window, min_periods=1, center=True).mean()
             part = pd.DataFrame({"step": steps["step"], "value": y})[every]
             parts.append(part.assign(panel=panel, **own))
-        evaluations = run[run.kind == "evaluation"]
-        y = evaluations[[c for c in run if c.startswith(f"{outcome}/")]].mean(axis=1)
-        part = pd.DataFrame({"step": evaluations["step"], "value": y})
-        parts.append(part.assign(panel="accuracy", **own))
+        parts.append(_evaluations(run, outcome).assign(panel="accuracy", **own))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/15b_results.ipynb #ae9c9633
@@ -295,8 +291,6 @@ def plot_study(
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    from minirl_nb.validity import VALIDITY_LIMIT
-
     settings = list(settings or table["setting"].unique())
     arms = list(arms or table["arm"].unique())
     drawn = curves(table[table["setting"].isin(settings) & table["arm"].isin(arms)], outcome)
@@ -307,12 +301,12 @@ def plot_study(
             len(settings), len(PANELS), figsize=size, dpi=60, layout="constrained", squeeze=False
         )
         for row, setting in zip(axes, settings):
-            for ax, (panel, title) in zip(row, PANELS.items()):
+            for ax, panel in zip(row, PANELS):
                 own = drawn[(drawn["setting"] == setting) & (drawn["panel"] == panel)]
                 columns = {"x": "step", "y": "value", "hue": "arm", "hue_order": arms}
                 look = {"palette": colours, "errorbar": _t_band, "legend": False, "ax": ax}
                 sns.lineplot(own, **columns, **look)
-                ax.set(xlabel="", ylabel="", title=f"{setting}: {title}")
+                ax.set(xlabel="", ylabel="", title=f"{setting}: {_title(panel)}")
                 ax.title.set_fontsize(8)
                 if panel == "kl":
                     ax.set_yscale("log")
@@ -325,6 +319,10 @@ def plot_study(
     return fig
 
 # %% ../nbs/15b_results.ipynb #7b1dca5e
+def _title(panel: str) -> str:
+    return metric("accuracy/train/easy").title if panel == "accuracy" else metric(panel).label
+
+
 def _t_band(values: Sequence[float]) -> tuple[float, float]:
     "Student's interval of a mean, for seaborn; a single seed has no band."
     low, high = paired_interval(values)
@@ -341,7 +339,7 @@ def rerun(
     changes = {"steps": steps, "output.folder": str(folder), "output.checkpoint_every": 0}
     changes |= {"evaluation.samples": 1, "evaluation.every": 0, "evaluation.numerics": "train"}
     found = train(parse_config(config, changes, "rerun"))
-    return pd.DataFrame(found.steps()).astype({"reward": "float32"})
+    return pd.DataFrame(found.steps())
 
 # %% ../nbs/15b_results.ipynb #b4ed65c1
 def repeats(

@@ -16,8 +16,8 @@ of the two that fit.
 
 # %% auto #0
 __all__ = ['Comparison', 'Study', 'studies', 'load_study', 'code_hash', 'PlannedRun',
-           'planned_runs', 'provenance', 'versions', 'processor', 'run_one', 'state_of',
-           'steps_done', 'run_study', 'count_states', 'status']
+           'planned_runs', 'provenance', 'versions', 'processor_name', 'processor', 'run_one',
+           'state_of', 'steps_done', 'run_study', 'count_states', 'status']
 
 # %% ../nbs/15a_study.ipynb #cb50299d
 import ast
@@ -42,10 +42,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from .checkpoint import write_atomically
-from .config import RunConfig, config_yaml, load_config
+from .config import RunConfig, config_yaml, load_config, read_shipped, shipped
 from .parity import ParityError
 from .parsing import parse_config
 from .run import TrainingError
@@ -121,20 +119,14 @@ class Study:
 # %% ../nbs/15a_study.ipynb #e3fe5d2d
 def studies() -> dict[str, Path]:
     "The studies that ship with the package, by name."
-    folder = Path(str(importlib.resources.files("minirl_nb"))) / "studies"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return shipped("studies")
 
 
 def load_study(name: str | Path) -> Study:
     """A study of the package by name, or a YAML file.
 
     ValueError in one sentence for a wrong key or value; FileNotFoundError for a missing file."""
-    path = studies().get(str(name), Path(name))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no study {name}; the package's are {', '.join(studies())}"
-        )
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    path, tree = read_shipped(name, studies(), "study")
     try:
         return parse_config(Study(), tree, str(path))
     except ValueError as error:
@@ -265,7 +257,8 @@ def _only_writer(folder: Path) -> Iterator[bool]:
 
 
 def provenance(run: PlannedRun, seconds: float) -> dict[str, Any]:
-    "Where a run's rows come from: command, commit, versions, processor, seconds, hashes."
+    """Where a run's rows come from: command, commit, versions, processor, hashes, and the seconds
+    since its last start."""
     here = Path(str(importlib.resources.files("minirl_nb")))
     try:
         asked = ["git", "rev-parse", "HEAD"]
@@ -284,20 +277,25 @@ def provenance(run: PlannedRun, seconds: float) -> dict[str, Any]:
         "config": config_yaml(run.config),
     }
 
-
+# %% ../nbs/15a_study.ipynb #91b3d6aa
 def versions() -> str:
     "The libraries that decide a run's bits, with their versions."
     return " ".join(f"{p}={metadata.version(p)}" for p in ("torch", "transformers", "numpy"))
 
 
-def processor() -> str:
-    "The processor's name, and the vector instructions that torch was told to use."
+def processor_name() -> str:
+    "The name that the processor gives itself, where the system tells it."
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8").splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    return f"{name} ({os.environ.get('ATEN_CPU_CAPABILITY', 'native')})"
+    return name
+
+
+def processor() -> str:
+    "The processor's name, and the vector instructions that torch was told to use."
+    return f"{processor_name()} ({os.environ.get('ATEN_CPU_CAPABILITY', 'native')})"
 
 # %% ../nbs/15a_study.ipynb #6add57dc
 def run_one(run: PlannedRun, root: str | Path) -> str:
@@ -317,19 +315,12 @@ def run_one(run: PlannedRun, root: str | Path) -> str:
         except (TrainingError, ParityError, FloatingPointError) as error:
             said = {"error": f"{type(error).__name__}: {error}"}
             write_atomically(folder / "failed.json", json.dumps(said) + "\n")
-        seconds = time.perf_counter() - started + _seconds_before(folder)
-        facts = json.dumps(provenance(run, seconds), indent=1)
+        facts = json.dumps(provenance(run, time.perf_counter() - started), indent=1)
         write_atomically(folder / "provenance.json", facts + "\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the rows are what is kept
         return state_of(run, root)
 
 # %% ../nbs/15a_study.ipynb #815b1780
-def _seconds_before(folder: Path) -> float:
-    "Seconds of earlier parts of a run that was interrupted."
-    changes = folder / "provenance.json"
-    return json.loads(changes.read_text())["seconds"] if changes.exists() else 0.0
-
-
 def state_of(run: PlannedRun, root: str | Path) -> str:
     "Of one run: done, failed, started, or missing."
     folder = run.folder(root)

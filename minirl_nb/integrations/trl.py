@@ -35,7 +35,7 @@ from minirl_nb.integrations.trl_checks import (
 from ..objective import Objective
 from ..rollout import Engine, Sampling
 from ..routing import Replay, compare, read_routes, record, replay, resolve, routers
-from ..validity import VALIDITY_LIMIT, VALIDITY_WINDOW, validity
+from ..validity import shift_warning, validity
 from ..weights import diagnostics
 
 # %% ../../nbs/18a_trl.ipynb #0d614191
@@ -401,13 +401,10 @@ class MiniRL(_Replayer):
 
     def _warn_of_shift(self, found: dict[str, float]) -> None:
         "Once, where the gradient of the surrogate may be off by its own length."
-        if self._warned or not found["validity/local_shift"] > VALIDITY_LIMIT:
+        if self._warned or not (said := shift_warning(found)):
             return
         self._warned = True
         warnings.warn(
-            f"gradient step {self.state.global_step + 1}: the shift between rollout and training "
-            f"within {VALIDITY_WINDOW} tokens is {found['validity/local_shift']:.2f}, beyond "
-            f"{VALIDITY_LIMIT:g}; {100 * found['validity/staleness']:.0f}% of it is staleness. "
-            "Take fewer updates, a smaller learning rate, or routing replay",
+            f"gradient step {self.state.global_step + 1}: {said}",
             stacklevel=2,
         )

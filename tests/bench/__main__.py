@@ -2,10 +2,10 @@
 keeps the numbers.
 
 Every comparison alternates its sides within one process and takes the best of several rounds, so
-that a busy neighbour hurts both alike. TRL lives in an environment of its own, `make bench-trl`;
-without it that row is left out and says so."""
+that a busy neighbour hurts both alike. Without TRL its row is left out and says so."""
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -305,9 +305,8 @@ print(json.dumps({"seconds": min(gaps), "length": sum(lengths) / len(lengths)}))
 def trl(rounds):
     """A full on-policy step (256 responses = 16 prompts x 16, limit 64) against TRL 1.16's
     GRPOTrainer: same model, prompts, lengths."""
-    python = ROOT / ".venv-trl" / "bin" / "python"
-    if not python.exists():
-        return [("TRL 1.16 GRPOTrainer", float("nan"), "no .venv-trl: run `make bench-trl`", "")]
+    if importlib.util.find_spec("trl") is None:
+        return [("TRL 1.16 GRPOTrainer", float("nan"), "TRL is not installed", "")]
     from minirl_nb import tasks
 
     task = tasks.load("arithmetic")
@@ -322,7 +321,7 @@ def trl(rounds):
             json.dumps([task.prompt(p) for p in task.problems[:512]])
         )
         out = subprocess.run(
-            [str(python), "-c", TRL, d, str(THREADS), "64", str(2 + 2 * rounds)],
+            [sys.executable, "-c", TRL, d, str(THREADS), "64", str(2 + 2 * rounds)],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
@@ -408,18 +407,11 @@ SECTIONS = {f.__name__: f for f in (engine, formats, step, replay, padding, trl,
 
 
 def machine():
-    name = platform.processor() or platform.machine()
-    try:
-        name = next(
-            line.split(":")[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        pass
+    from minirl_nb.study import processor_name
+
     python = platform.python_version()
     cores = f"{os.cpu_count()} cores, {THREADS} thread used"
-    return f"{name}, {cores}, Python {python}, torch {torch.__version__}"
+    return f"{processor_name()}, {cores}, Python {python}, torch {torch.__version__}"
 
 
 def main():
