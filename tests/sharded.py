@@ -59,9 +59,24 @@ def gathered(grad):
     return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
-def difference(model, whole):
-    """Largest relative difference of a parameter's gradient, and whose; every rank takes part in
-    the gathering.
+def cancellation(whole, tokens, length, mask, weight, routes=None):
+    """By parameter, the norms of the single tokens' gradients added up: what a sum that cancels
+    is rounded at. The norm of the sum may be much smaller.
+    """
+    total = {name: 0.0 for name, _ in whole.named_parameters()}
+    for row, column in mask.nonzero().tolist():
+        whole.zero_grad()
+        alone = torch.zeros_like(mask)
+        alone[row, column] = True
+        step(whole, tokens, length, alone, weight, 1, routes)
+        for name, p in whole.named_parameters():
+            total[name] += float(p.grad.norm())
+    return total
+
+
+def difference(model, whole, scale):
+    """Largest difference of a parameter's gradient over its `scale`, and whose; every rank takes
+    part in the gathering.
     """
     worst = {}
     for (name, p), (other, q) in zip(
@@ -70,7 +85,7 @@ def difference(model, whole):
         assert name == other and p.grad is not None and p.grad.dtype == torch.float32, (
             f"{name} has no float32 gradient"
         )
-        worst[name] = float((gathered(p.grad) - q.grad).norm() / q.grad.norm())
+        worst[name] = float((gathered(p.grad) - q.grad).norm()) / scale[name]
     name = max(worst, key=worst.get)
     return worst[name], name
 
@@ -115,6 +130,8 @@ def case(folder, tied="untied", ep="1", checkpointing="", precision=""):
             keep = torch.ones(len(tokens), 1, dtype=torch.bool)
             if last:
                 keep[world - 1 :: world] = False
+            scale = cancellation(whole, tokens, length, mask & keep, weight, routes)
+            whole.zero_grad()
             full = step(whole, tokens, length, mask & keep, weight, 1, routes)
             part = step(
                 model,
@@ -127,7 +144,7 @@ def case(folder, tied="untied", ep="1", checkpointing="", precision=""):
                 pieces=1 + iteration,
                 packed=packed,
             )
-            grad, where = difference(model, whole)
+            grad, where = difference(model, whole, scale)
             live = step(whole, tokens, length, mask & keep, weight, 1)
             out[f"{name} {iteration}"] = {
                 "logp": float((part - full[mine]).abs().max()),

@@ -64,11 +64,13 @@ def results(tmp_path_factory):
 def test_sharded_log_probabilities_routes_and_gradients_are_those_of_one_process(results, name):
     mixed = "mixed" in name
     for rank in results[name]:
-        # float32: sums of some hundred terms in another order, sixteen roundings of 2^-23;
-        # bfloat16 layers have eight bits in ten places
+        # log-probabilities below 8 in another order: at most ten roundings of 8 x 2^-24; layers in
+        # bfloat16 have eight bits in ten places. Gradients: 32 roundings of the sum before
+        # anything cancels in it (5 to 7 were seen, on processors of two makers)
+        rounding = 2**-9 if mixed else 2**-24
         assert rank["flips"] == 0 or mixed
         for kind in ("live 0", "live 1", "replay 0", "replay 1"):
             r = rank[kind]
             assert r["logp"] <= (0.1 if mixed else 5e-6), (kind, r)
-            assert r["grad"] <= (0.2 if mixed else 2e-6), (kind, r)
+            assert r["grad"] <= 32 * rounding, (kind, r)
         assert rank["replay 0"]["moved"] > 0.1, "the replayed routes are others than the live ones"
