@@ -32,13 +32,11 @@ def test_a_line_through_two_depths_gives_a_third(expert):
     # states are sums of shards; padding of odd shards is at most one row in thousands
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(line, name) == pytest.approx(getattr(c, name), rel=1e-6)
-    for name in ("peak", "flops", "moved"):
+    # sums over layers that are alike; what differs is the order of a float's additions. Seconds are
+    # sums of maxima (operations, bytes, launch), and all layers have the same kernels
+    for name in ("peak", "flops", "moved", "seconds"):
         for key, size in getattr(c, name).items():
-            assert getattr(line, name)[key] == pytest.approx(size, rel=2e-3), (name, key)
-    # a kernel takes the largest of three times (operations, bytes, launch), and a sum of maxima is no
-    # line where a kernel passes from one to another: with 3, 5 and 9 layers few of hundreds do
-    for key, seconds in c.seconds.items():
-        assert line.seconds[key] == pytest.approx(seconds, rel=0.02), key
+            assert getattr(line, name)[key] == pytest.approx(size, rel=1e-9), (name, key)
     # two moments a weight, and a counter of 4 bytes for each tensor of thousands of weights
     assert c.optimizer == pytest.approx(2 * c.weights, rel=1e-3)
     # sharded: only the padding of uneven shards is more
@@ -49,7 +47,11 @@ def test_many_chunks_of_the_head_from_few(monkeypatch):
     monkeypatch.setattr(policy, "CHUNK", 512 * 16)  # 16 rows a chunk
     case, micro = case_of(DENSE), MicroBatch(4, 128, 400)
     found, whole = measure(case, micro), run_pass(case, 4, micro)
+    # four chunks stand in for 25. What they leave out: of each answer two numbers of 8 bytes and up to
+    # three of 4, and, at the peak of the head, two chunks of logits that wait for their gradients
+    logits, left_out = 16 * 512 * 4, 400 - 4 * 16
     for key, size in whole.peak.items():
-        assert found.peak[key] == pytest.approx(size, rel=0.01), key
+        missing = left_out * (2 * 8 + 3 * 4) + (2 * logits if key == "head" else 0)
+        assert size - missing <= found.peak[key] <= size, key
     for key, seconds in whole.seconds.items():
-        assert found.seconds[key] == pytest.approx(seconds, rel=0.02), key
+        assert found.seconds[key] == pytest.approx(seconds, rel=1e-9), key
