@@ -341,4 +341,8 @@ class RunResult:
             f"{steps[-1]['step']} gradient steps in {seconds:.0f} s, routing replay: {self.replay}"
             f"\nrun folder:  {self.folder}\nfigure:      {self.figure}\ncheckpoint:  {checkpoint}"
         )
+        parts.append(
+            f"`minirl diagnose {self.folder}` says whether anything is going wrong, and `minirl report "
+            f"{self.folder}` draws every metric. How a step works: page nbs/15_train.ipynb"
+        )
         return "\n\n".join(parts)
