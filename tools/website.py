@@ -276,6 +276,21 @@ def page(path, module, known, folder):
 
 
 # ------------------------------------------------------------------------------------- the reference
+def docstring(text, here, known=types.MappingProxyType({})):
+    """A docstring as Markdown.
+
+    Paragraphs of two or more lines `name: meaning`, continued by indented lines, become lists.
+    """
+    blocks = []
+    for block in re.split(r"\n\s*\n", text):
+        items = re.split(r"\n(?=\S)", block)
+        cut = [re.match(r"([\w.]+(?:, [\w.]+)*): +(.+)", item, flags=re.S) for item in items]
+        if len(items) > 1 and all(cut):
+            block = "\n".join(f"- `{m[1]}`: {' '.join(m[2].split())}" for m in cut)
+        blocks.append(block)
+    return prose("\n\n".join(blocks), here, known)
+
+
 def api_page(module, stem):
     return (
         f"---\ntitle: {module}\n---\n\n# `{PACKAGE}.{module}`\n\n"
@@ -383,7 +398,10 @@ def main():
     shutil.copy(files / "tex-chtml.js", target)
     words = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     words += ["--config-file", str(settings), "--site-dir", str(args.output.resolve())]
-    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    # the package of this folder is documented, and website_docstrings found
+    where = os.pathsep.join([str(ROOT / "tools"), str(ROOT)])
+    changes = {"PYTHONPATH": where, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | changes)
     if done.returncode:
         sys.exit(done.returncode)
     print(f"site: {args.output}; python -m http.server -d {args.output} shows it")
