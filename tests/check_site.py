@@ -67,9 +67,7 @@ class Visitor:
     def __init__(self, browser, address, dark):
         self.address, self.said = address, []
         scheme = "dark" if dark else "light"
-        self.page = browser.new_page(
-            viewport={"width": 1280, "height": 900}, color_scheme=scheme
-        )
+        self.page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda e: self.said.append(f"error: {e}"))
         self.page.on("response", self._answered)

@@ -11,7 +11,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def snippet(number=0):
     "The loop of a trainer, and the drop-in for TRL (tests/test_trl.py runs it)."
-    loop, drop_in = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    drop_in, loop = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
     return (loop, drop_in)[number]
 
 

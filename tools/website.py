@@ -119,21 +119,18 @@ def _definitions():
 
 def _outside(pattern, change, text):
     "`text`, with `change` made to what the pattern (one group) does not match."
-    return "".join(
-        part if i % 2 else change(part) for i, part in enumerate(pattern.split(text))
-    )
+    return "".join(part if i % 2 else change(part) for i, part in enumerate(pattern.split(text)))
 
 
 def _displayed(text):
     "Formulas between $$ as blocks of their own, as Python-Markdown wants them."
 
     def block(match):
-        line = text[: match.start()].rpartition("\n")[2]
-        inset = "    " if line.startswith("  ") else ""  # in an item of a list
-        lines = [piece.strip() for piece in match[1].strip().splitlines()]
+        inset = "    " if match[1].startswith("  ") else ""  # in an item of a list
+        lines = [piece.strip() for piece in match[2].strip().splitlines()]
         return "\n\n" + "\n".join(f"{inset}{piece}" for piece in ["$$", *lines, "$$"]) + "\n\n"
 
-    text = re.sub(r"[ \t]*\$\$(.+?)\$\$[ \t]*\n?", block, text, flags=re.S)
+    text = re.sub(r"([ \t]*)\$\$(.+?)\$\$[ \t]*\n?", block, text, flags=re.S)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -158,12 +155,10 @@ def prose(text, here, known=types.MappingProxyType({})):
     known: what a word in backticks may link to, as `known_names` gives it.
     """
 
-    def words(part):
-        part = re.sub(
+    def links(part):
+        return re.sub(
             r"(?<=\]\()(?!https?:|mailto:|#)([^)\s]+)", lambda m: _resolved(m[1], here), part
         )
-        # a list may follow a paragraph without an empty line
-        return re.sub(r"^((?![-*|>#\s]).+\n)(?=[-*] )", r"\1\n", part, flags=re.M)
 
     def code(match):
         before, name = match[1], match[2]
@@ -171,10 +166,16 @@ def prose(text, here, known=types.MappingProxyType({})):
             return match[0]
         if known[name] is None:  # a heading of the reference, which finds it by its name
             return f"{before}[`{name}`][{PACKAGE}.{name}]"
-        return f"{before}[`{name}`]({posixpath.relpath(known[name], posixpath.dirname(here) or '.')})"
+        return (
+            f"{before}[`{name}`]({posixpath.relpath(known[name], posixpath.dirname(here) or '.')})"
+        )
 
     def paragraph(part):
-        part = _displayed(_outside(_CODE, words, part))
+        part = _displayed(_outside(_CODE, links, part))
+        # elsewhere a list may follow a paragraph without an empty line, and an item's second
+        # paragraph is inset by less
+        part = re.sub(r"^((?![-*|>#\s]).+\n)(?=[-*] )", r"\1\n", part, flags=re.M)
+        part = re.sub(r"(?<=\n\n) {2,3}(?=\S)", "    ", part)
         # GitHub wants a bar inside of a table's code escaped, Python-Markdown shows the escape
         part = re.sub(r"`[^`\n]*\\\|[^`\n]*`", lambda m: m[0].replace("\\|", "|"), part)
         return re.sub(r"(^|.)`([\w.]+)`", code, part, flags=re.M)
@@ -214,7 +215,7 @@ def code_block(cell, module):
     text = re.sub(r"^#\|.*\n?", "", source(cell), flags=re.M).strip("\n")
     if not text or "echo" in marks:
         return ""
-    files = f'{PACKAGE}/{module.replace(".", "/")}.py' if module else ""
+    files = f"{PACKAGE}/{module.replace('.', '/')}.py" if module else ""
     exported = marks & {"export", "exporti"} and files
     return fenced(text, f'{{ .python title="{files}" }}' if exported else "python")
 

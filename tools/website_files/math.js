@@ -1,5 +1,10 @@
-// MathJax reads these settings when it starts. The formulas are those that arithmatex marked.
-window.MathJax = {
-  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], processEscapes: true },
-  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex", enableMenu: false },
-};
+// MathJax sets the formulas that arithmatex marked. Pages without one do not load it.
+if (document.querySelector(".arithmatex")) {
+  window.MathJax = {
+    tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], processEscapes: true },
+    options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex", enableMenu: false },
+  };
+  const script = document.createElement("script");
+  script.src = new URL("mathjax/tex-chtml.js", document.currentScript.src);
+  document.head.append(script);
+}
