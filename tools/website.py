@@ -257,11 +257,11 @@ def page(path, module, known, folder):
 
     first, *others = cells(path)
     lead, text = claim(source(first))
-    front = json.dumps(description(lead), ensure_ascii=False)
-    blocks = [f"---\ndescription: {front}\n---", f"# {title(path)}"]
-    kind = "abstract" if path.stem == "index" else 'abstract "Claim"'
-    kind = kind if path.stem != "index" else 'abstract ""'
-    blocks.append(f"!!! {kind}\n\n" + textwrap.indent(prose(lead, here, known), "    "))
+    front = f"description: {json.dumps(description(lead), ensure_ascii=False)}"
+    front += "\nhide: [navigation]" if path.stem == "index" else ""
+    blocks = [f"---\n{front}\n---", f"# {title(path)}"]
+    head = "" if path.stem == "index" else "Claim"
+    blocks.append(f'!!! abstract "{head}"\n\n' + textwrap.indent(prose(lead, here, known), "    "))
     links = [f"[`{PACKAGE}.{module}`](api/{module}.md)"] if module else []
     if path.stem != "index":
         links.append(f"[this page as a notebook]({path.name}){{ download }}")
