@@ -234,7 +234,8 @@ def output_blocks(cell, picture):
             blocks.append("".join(data["text/markdown"]))
         elif "image/png" in data:
             png = base64.b64decode("".join(data["image/png"]))
-            blocks.append(f"![What the code above draws]({picture(png)}){{ .figure }}")
+            name = picture(png)  # a link to it, because wide ones are small on a phone
+            blocks.append(f"[![What the code above draws]({name}){{ .figure }}]({name})")
         elif "text/html" in data:
             table = re.sub(r"<style.*?</style>|\n\s*", "", "".join(data["text/html"]), flags=re.S)
             blocks.append(f'<div class="frame">{table}</div>')
