@@ -54,3 +54,16 @@ def test_what_does_not_fit_is_said_with_the_knob_that_helps(mixture):
     assert not cache.fits and any(
         "room for" in w and "rollout.tensor_parallel" in w for w in cache.warnings
     )
+
+
+def test_two_policies_save_the_recomputation(mixture):
+    cluster = Cluster.with_gpus("h100", 8)
+    two = {"objective.pi_old": "rollout", "objective.replay": "R3"}
+    recomputed = plan.plan(small(mixture, **{"objective.replay": "R3"}), cluster, search=False)
+    saved = plan.plan(small(mixture, **two), cluster, search=False)
+    assert [p.name for p in saved.phases] == ["rollout", "update", "transfer"]
+    difference = recomputed.numbers["seconds"] - saved.numbers["seconds"]
+    assert difference == pytest.approx(recomputed.phase("recompute").time)
+    for name in ("rollout", "update", "transfer"):
+        assert saved.phase(name) == recomputed.phase(name)
+    assert "recompute" not in saved.report()

@@ -181,21 +181,22 @@ def _phases(
 ) -> list[Phase]:
     "Memory, time and traffic of each phase."
     config, micro = case.config, passes.micro
-    everything, _ = meetings(case, case.responses)
     routes = case.responses * _mean_tokens(case) * case.model.route_bytes / case.cluster.gpus
     weights = float(case.model.parameters * case.compute_bytes)
     seconds = {
         "rollout": {"decoding": served.seconds},
-        "recompute": pass_seconds(case, passes.recompute, micro, everything),
         "update": update_seconds(case, passes.update, micro, mini_batch),
         "transfer": transfer_seconds(case),
     }
     moved = {
         "rollout": {"routes": routes} if case.model.E else {},
-        "recompute": _moved(passes.recompute, len(everything)),
         "update": _moved(passes.update, len(mini_batch) * config.batch.updates),
         "transfer": {"weight sync": sync_bytes(case) if case.cluster.gpus > 1 else weights},
     }
+    if passes.recompute is not None:
+        again, _ = meetings(case, case.mini_batch * case.recomputed)
+        seconds["recompute"] = pass_seconds(case, passes.recompute, micro, again)
+        moved["recompute"] = _moved(passes.recompute, len(again))
     return [Phase(name, memory[name], seconds[name], moved[name]) for name in memory]
 
 # %% ../../nbs/16g_plan.ipynb #b89dc1cb

@@ -250,6 +250,11 @@ class Case:
         return prompts_of(self.config)[0] * self.config.rollout.responses
 
     @property
+    def recomputed(self) -> int:
+        "Mini-batches of a rollout step whose pi_old takes a pass of its own."
+        return 0 if self.config.objective.pi_old == "rollout" else self.config.batch.updates
+
+    @property
     def longest(self) -> int:
         "Tokens of the longest prompt and response."
         return self.assume.prompt_tokens + self.config.rollout.max_new_tokens

@@ -33,21 +33,19 @@ class Passes:
 
     micro: MicroBatch  # the largest one of the config
     update: Pass
-    recompute: Pass
     small_update: Pass
-    small_recompute: Pass
+    recompute: Pass | None = None  # None: pi_old takes no pass of its own
+    small_recompute: Pass | None = None
 
 
 def passes_of(case: Case, accumulate: bool) -> Passes:
     "Measure the passes of a case. Several processes need `fake_processes`."
     micro = MicroBatch.largest(case)
-    return Passes(
-        micro,
-        measure(case, micro, True, accumulate),
-        measure(case, micro, False, accumulate),
-        measure(case, SMALL, True, accumulate),
-        measure(case, SMALL, False, accumulate),
-    )
+    updates = (measure(case, size, True, accumulate) for size in (micro, SMALL))
+    if not case.recomputed:
+        return Passes(micro, *updates)
+    forwards = (measure(case, size, False, accumulate) for size in (micro, SMALL))
+    return Passes(micro, *updates, *forwards)
 
 # %% ../../nbs/16e_memory.ipynb #6fff986c
 def _room(case: Case) -> float:
@@ -182,21 +180,22 @@ def memory_of_phases(
     cache: float,  # bytes of the engine's cache on a GPU
 ) -> dict[str, dict[str, float]]:
     "Bytes of a GPU by phase and term."
-    update, recompute, small = passes.update, passes.recompute, passes.small_update
+    update, small = passes.update, passes.small_update
     highest = update.highest_before_step if case.offload else update.highest
     in_step = not case.offload and update.peak["step"] == update.highest
     replayed = case.replay != "none"
     routes = float(passes.micro.tokens * case.model.route_bytes) if replayed else 0.0
     largest = case.model.largest * case.compute_bytes
     common = (case, engine, passes)
-    return {
-        "rollout": _terms(*common, awake=True, cache=0.0 if engine.apart else cache),
-        "recompute": _terms(
+    found = {"rollout": _terms(*common, awake=True, cache=0.0 if engine.apart else cache)}
+    if passes.recompute is not None:
+        found["recompute"] = _terms(
             *common,
-            working=recompute.highest - recompute.weights,
+            working=passes.recompute.highest - passes.recompute.weights,
             layers=passes.small_recompute.highest - passes.small_recompute.weights,
             routes=routes,
-        ),
+        )
+    return found | {
         "update": _terms(
             *common,
             working=highest - update.states,
