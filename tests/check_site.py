@@ -1,0 +1,152 @@
+"""Look at the website with a browser, as a reader would: `make site-check`.
+
+    python tests/check_site.py                    # every page of _proc/site
+    python tests/check_site.py 04_objective api/  # pages whose address begins so
+
+Chromium or Chrome opens each page, wide and as wide as a phone. Wrong are: an error on the console,
+a request to another host, a picture that does not load or is missing, a formula that MathJax does
+not set, Markdown that was left as it stands, a page wider than the phone, and a search that does
+not find what is there. Not a part of `make test`: it takes minutes and needs a browser.
+"""
+
+import json
+import shutil
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "_proc" / "site"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PHONE = 390  # CSS pixels
+
+# what is on a page, as one object; text of code and of formulas is left out of `raw`
+LOOK = r"""
+async () => {
+  if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
+  const images = [...document.querySelectorAll(".md-content img")];
+  for (const image of images) image.loading = "eager";
+  await Promise.all(images.map(i => i.decode().catch(() => 0)));
+  const text = document.querySelector(".md-content").cloneNode(true);
+  for (const code of text.querySelectorAll("pre, code, mjx-container, script")) code.remove();
+  const raw = text.textContent.match(/\$[^$\n]+\$|\]\([^)\n]*\)|\]\[[\w.]*\]|\*\*|\\[(\[]/g) || [];
+  return {
+    images: images.length, figures: document.querySelectorAll("img.figure").length,
+    broken: images.filter(i => !i.naturalWidth).map(i => i.src),
+    formulas: document.querySelectorAll(".arithmatex").length,
+    set: document.querySelectorAll(".arithmatex mjx-container").length,
+    wrong: [...document.querySelectorAll("mjx-merror")].map(e => e.textContent), raw,
+  };
+}
+"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+def pictures(stem):
+    "How many pictures a notebook has, or None where the page is no notebook."
+    path = ROOT / "nbs" / f"{stem}.ipynb"
+    if not path.exists():
+        return None
+    outputs = (
+        o
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for o in cell.get("outputs", [])
+    )
+    return sum("image/png" in o.get("data", {}) for o in outputs)
+
+
+class Visitor:
+    def __init__(self, browser, address, dark):
+        self.address, self.said = address, []
+        scheme = "dark" if dark else "light"
+        self.page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        self.page.on("console", self._heard)
+        self.page.on("pageerror", lambda e: self.said.append(f"error: {e}"))
+        self.page.on("response", self._answered)
+        self.page.on("request", self._asked)
+
+    def _heard(self, message):
+        if message.type in ("error", "warning"):
+            self.said.append(f"console: {message.text}")
+
+    def _answered(self, response):
+        if response.status >= 400:
+            self.said.append(f"{response.status}: {response.url}")
+
+    def _asked(self, request):
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.said.append(f"asks another host: {request.url}")
+
+    def look(self, place):
+        "What is wrong with one page, as a list of sentences."
+        self.said.clear()
+        self.page.set_viewport_size({"width": 1280, "height": 900})
+        self.page.goto(f"{self.address}/{place}")
+        seen = self.page.evaluate(LOOK)
+        self.said += [f"does not load: {source}" for source in seen["broken"]]
+        self.said += [f"formula: {text}" for text in seen["wrong"]]
+        self.said += [f"left as Markdown: {text}" for text in seen["raw"]]
+        if seen["formulas"] != seen["set"]:
+            self.said.append(f"{seen['set']} of {seen['formulas']} formulas are set")
+        there = pictures(place.removesuffix(".html"))
+        if there is not None and seen["figures"] != there:
+            self.said.append(f"{seen['figures']} of {there} pictures")
+        self.page.set_viewport_size({"width": PHONE, "height": 844})
+        across = self.page.evaluate("document.documentElement.scrollWidth")
+        if across > PHONE:
+            self.said.append(f"{across} pixels across on a phone of {PHONE}")
+        return list(self.said), seen
+
+    def finds(self, words, place):
+        "Does the search list a page for these words?"
+        self.page.set_viewport_size({"width": 1280, "height": 900})
+        self.page.goto(f"{self.address}/index.html")
+        self.page.locator("input.md-search__input").click()
+        self.page.keyboard.type(words)
+        results = self.page.locator(".md-search-result__link")
+        results.first.wait_for(timeout=60_000)
+        links = results.evaluate_all("links => links.map(l => l.href)")
+        return any(f"/{place}" in link for link in links)
+
+
+def main(beginnings):
+    browser_file = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser_file is None:
+        sys.exit(f"no browser found: {', '.join(BROWSERS)}")
+    places = [str(p.relative_to(SITE)) for p in sorted(SITE.rglob("*.html"))]
+    places = [p for p in places if p != "404.html" and p.startswith(tuple(beginnings or [""]))]
+    if not places:
+        sys.exit(f"no pages in {SITE}: run make site")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    bad = formulas = drawn = 0
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
+        visitors = [Visitor(browser, address, dark) for dark in (False, True)]
+        for i, place in enumerate(places):  # in turn light and dark
+            said, seen = visitors[i % 2].look(place)
+            formulas += seen["set"]
+            drawn += seen["images"]
+            bad += bool(said)
+            for line in said[:8]:
+                print(f"{place}: {line}")
+        if not visitors[0].finds("routing replay", "07_routing.html"):
+            bad += 1
+            print("search: 'routing replay' does not find 07_routing")
+        browser.close()
+    server.shutdown()
+    print(f"{len(places)} pages, {formulas} formulas, {drawn} pictures: {bad} with faults")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
