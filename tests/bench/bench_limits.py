@@ -145,10 +145,14 @@ def tokens_of(model: nn.Module, rows: int, width: int) -> Tensor:
 
 
 def objective_step(
-    model: nn.Module, tokens: Tensor, micro: int = 1, routes: Tensor | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    micro: int = 1,
+    routes: Tensor | None = None,
+    chunk: int | None = None,
 ) -> None:
     """Log-probabilities, MiniRL's loss and its gradients in `micro` micro-batches of equal rows,
-    with `routes` [B, T, L, K] replayed."""
+    with `routes` [B, T, L, K] replayed; `chunk` rows of logits at once."""
     from minirl_nb.objective import MINIRL
     from minirl_nb.policy import token_logprobs
     from minirl_nb.routing import replay
@@ -162,7 +166,7 @@ def objective_step(
             valid = torch.ones(len(rows), tokens.shape[1], dtype=torch.bool)
             context = replay(model, routes[rows], valid)
         with context:
-            logp, _ = token_logprobs(model, tokens[rows], mask[rows], entropy=False)
+            logp, _ = token_logprobs(model, tokens[rows], mask[rows], entropy=False, chunk=chunk)
             loss = MINIRL.loss(
                 logp=logp,
                 logp_old=logp.detach(),
@@ -174,13 +178,19 @@ def objective_step(
             loss.backward()
 
 
-def training(model: nn.Module, tokens: Tensor, routes: Tensor | None = None) -> Callable:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    "AdamW that moves weights by too little to matter."
+    return torch.optim.AdamW(model.parameters(), lr=1e-9)
+
+
+def training(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, **options
+) -> Callable:
     "A function that does one gradient step: forward, loss, backward, AdamW."
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        objective_step(model, tokens, routes=routes)
+        objective_step(model, tokens, **options)
         optimizer.step()
 
     return step
@@ -206,9 +216,11 @@ def _train_rows(models: dict, tokens: Tensor, peak: float, rounds: int) -> list[
     mask[:, 0] = False
     for name, model in models.items():
         work = Work.of(model).forward(*tokens.shape)
-        sides = {"training step": training(model, tokens)}
+        optimizer = optimizer_of(model)
+        sides = {"training step": training(model, optimizer, tokens)}
         if name == "mixture":
-            sides["replayed"] = training(model, tokens, own_routes(model, tokens))
+            routes = own_routes(model, tokens)
+            sides["replayed"] = training(model, optimizer, tokens, routes=routes)
         with_no_grad = torch.no_grad()(token_logprobs)
         sides["recompute"] = lambda f=with_no_grad, m=model: f(m, tokens, mask)
         seconds = in_turns(sides, rounds, device)
