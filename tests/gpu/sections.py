@@ -62,13 +62,15 @@ def _product_gap(place: Place, rows: int, columns: int, inner: int) -> tuple[flo
     w = torch.randn(columns, inner, generator=generator).to(place.device)
     codes, scale = fp8.quantize(w, "channel")
     of_rows = fp8.token_scale(x)
-    product = torch._scaled_mm(
-        (x / of_rows).clamp(-448, 448).to(torch.float8_e4m3fn),
-        codes.T,
-        scale_a=of_rows,
-        scale_b=scale.T.contiguous(),
-        out_dtype=torch.bfloat16,
-    ).double()
+    rounded = (x / of_rows).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scales = {"scale_a": of_rows, "scale_b": scale.T.contiguous()}
+    if place.card:
+        product = torch._scaled_mm(rounded, codes.T, **scales, out_dtype=torch.bfloat16)
+    else:  # on a processor torch 2.11 has one scale for a matrix
+        one = dict.fromkeys(scales, torch.ones(()))
+        product = torch._scaled_mm(rounded, codes.T, **one, out_dtype=torch.float32)
+        product = (product * of_rows * scale.T).to(torch.bfloat16)
+    product = product.double()
     w = fp8.dequantize(codes, scale, "channel").double()
 
     def gap(activation: Tensor) -> float:
@@ -291,15 +293,15 @@ LITTLE = dict(
 )
 
 
-def _mixture(place: Place, layers: int = 12) -> nn.Module:
+def _mixture(place: Place, dtype: torch.dtype, layers: int = 12) -> nn.Module:
     sizes = LARGE if place.card else LARGE | LITTLE
-    return bench.random_model(sizes, layers if place.card else 2, place.device, place.dtype)
+    return bench.random_model(sizes, layers if place.card else 2, place.device, dtype)
 
 
 def training(place: Place, note: Note) -> None:
     "A gradient step of a mixture: its share of the card's matrix peak, and what replay adds."
     rounds = 7 if place.card else 3
-    model = _mixture(place)
+    model = _mixture(place, place.dtype)
     weights = sum(p.numel() for p in model.parameters())
     tokens = bench.tokens_of(model, 4 if place.card else 2, 2048 if place.card else 64)
     peak = bench.matrix_peak(place.device, place.dtype, 8192 if place.card else 256)
@@ -427,7 +429,7 @@ def _clock_of_pass(place: Place, note: Note, settings: dict) -> None:
     from minirl_nb.plan.step import MicroBatch, measure
     from minirl_nb.plan.time import Load, update_seconds
 
-    model = _mixture(place)
+    model = _mixture(place, torch.bfloat16)
     assume = Assumptions(prompt_tokens=64 if place.card else 12)
     config = load_config("demo", settings | {"batch.updates": 1, "rollout.fp8": "none"})
     cluster = Cluster.here(1)
@@ -469,14 +471,14 @@ def _memory_of_update(place: Place, note: Note, settings: dict) -> None:
 def plan(place: Place, note: Note) -> None:
     "The plan's time against the clock, and its memory against the allocator."
     if not place.card:
-        settings = {"model.path": str(ROOT / "data" / "coldstart")}
-        settings |= {"rollout.max_new_tokens": 52, "batch.tokens": 2048}
+        settings = {"model.path": str(ROOT / "data" / "coldstart"), "model.dtype": "bfloat16"}
+        settings |= {"rollout.max_new_tokens": 52, "batch.tokens": 512}
         _memory_of_update(place, note, settings)
         _clock_of_pass(place, note, settings)
         return
     settings = {"rollout.max_new_tokens": 1984, "batch.tokens": 8192, "model.dtype": "bfloat16"}
     _clock_of_pass(place, note, settings)
     with tempfile.TemporaryDirectory() as folder:
-        _mixture(place, 4).save_pretrained(folder)
+        _mixture(place, torch.bfloat16, 4).save_pretrained(folder)
         # the vocabulary of the mixture has room for the tokenizer of the sums
         _memory_of_update(place, note, settings | {"model.path": folder})
