@@ -126,6 +126,26 @@ def test_a_section_that_fails_hangs_or_dies_is_told_with_what_it_found(monkeypat
     assert text.count("FAIL") == 4
 
 
+def test_where_a_fork_sees_no_card_and_a_fresh_process_does_sections_start_fresh(monkeypatch):
+    import torch
+
+    seen = {"fork": {"device": "x86_64"}, "spawn": {"device": "H100", "memory": 8e10}}
+    monkeypatch.setattr(acceptance, "machine_of", seen.__getitem__)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert acceptance.look_around() == (seen["spawn"], "spawn")
+    seen["fork"] = seen["spawn"]
+    assert acceptance.look_around() == (seen["fork"], "fork")
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build for processors has no card to see
+    seen["fork"] = {"device": "x86_64"}
+    assert acceptance.look_around() == (seen["fork"], "fork")
+
+
+def test_a_fresh_process_can_run_a_section(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = acceptance.run_section("fp8", 120, "spawn")
+    assert found.passed, found
+
+
 def test_wheels_are_unpacked_and_a_folder_without_any_is_refused(tmp_path, monkeypatch):
     import zipfile
 

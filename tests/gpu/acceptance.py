@@ -35,7 +35,6 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,10 +148,10 @@ def _run_section(name: str, pipe) -> None:
         pipe.close()
 
 
-def run_section(name: str, limit: float) -> Result:
+def run_section(name: str, limit: float, method: str = "fork") -> Result:
     "One section, stopped after `limit` seconds."
     result, started = Result(name), time.monotonic()
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(method)
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run_section, args=(name, there))
     process.start()
@@ -177,7 +176,7 @@ def run_section(name: str, limit: float) -> Result:
 
 
 def describe_machine() -> dict[str, Any]:
-    "Versions and device; in a fork, because it asks CUDA."
+    "Versions and device. It asks CUDA, so it runs in a process of its own."
     import torch
     import transformers
 
@@ -202,16 +201,37 @@ def describe_machine() -> dict[str, Any]:
     return found
 
 
-def in_a_fork(f: Callable[[], Any]) -> Any:
-    context = multiprocessing.get_context("fork")
+def _send_machine(pipe) -> None:
+    try:
+        pipe.send(describe_machine())
+    except Exception as error:
+        pipe.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def machine_of(method: str) -> dict[str, Any]:
+    "`describe_machine` in a process of its own."
+    context = multiprocessing.get_context(method)
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: there.send(f()))
+    process = context.Process(target=_send_machine, args=(there,))
     process.start()
     there.close()
     try:
         return here.recv()
     finally:
         process.join()
+
+
+def look_around() -> tuple[dict[str, Any], str]:
+    """The machine, and how sections start: as forks, or, where a fork cannot see a card that a
+    fresh process sees, as fresh processes, which costs each of them some seconds."""
+    import torch
+
+    machine = machine_of("fork")
+    if torch.version.cuda and "memory" not in machine:
+        fresh = machine_of("spawn")
+        if "memory" in fresh:
+            return fresh, "spawn"
+    return machine, "fork"
 
 
 def number(x: float) -> str:
@@ -270,11 +290,11 @@ def main() -> int:
             (Path(folder) / "wheels").mkdir()
             unpack(args.wheels, Path(folder) / "wheels")
         warm_up()
-        machine = in_a_fork(describe_machine)
+        machine, method = look_around()
         print(json.dumps(machine), flush=True)
         for name in args.sections or SECTIONS:
             limit = min(SECTIONS[name], deadline - time.monotonic())
-            results.append(run_section(name, limit))
+            results.append(run_section(name, limit, method))
             print(table(results[-1:]), flush=True)
             args.output.write_text(as_json(machine, results), encoding="utf-8")
     passed = all(r.passed for r in results)
