@@ -25,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 QUICK := $(wildcard $(addprefix tests/test_,$(addsuffix .py,exact weights clipping batch outputs repository)))
 
 .PHONY: demo test quick venv dev vllm notebooks-clean exported readme-current guide-current lint types pages numerics unit
-.PHONY: page record bench verl coldstart smollm2 smollm2_sums site site-check clean
+.PHONY: page record bench gpu verl coldstart smollm2 smollm2_sums site site-check clean
 
 demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 	$(BIN)/minirl train demo --output.folder $(RUN) --rollout.engine $(ENGINE) $(ARGS)
@@ -67,6 +67,9 @@ record: $(VENV)/.dev $(VENV)/.vllm
 	$(PYTEST) --record-seconds
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench $(ARGS)
+# everything on a graphics card, in ten minutes: make gpu ARGS="--output FILE.json" (tests/gpu/acceptance.py says what it needs)
+gpu: $(VENV)/.base
+	$(BIN)/python tests/gpu/acceptance.py $(or $(ARGS),--output acceptance.json)
 # verl's own functions for tests/test_verl.py: its requirements exclude this project's transformers, so it and what
 # it imports lie in a folder of their own, without what they require
 VERL := verl==0.9.1 tensordict==0.10.0 ray==2.60.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 hydra-core==1.3.8 \

@@ -265,7 +265,7 @@ def targets(model: nn.Module, skip: str = "") -> tuple[dict[str, nn.Module], dic
         if skip and re.search(skip, name):
             continue
         if is_experts(m):
-            if m._is_expert_parallel:
+            if getattr(m, "_is_expert_parallel", False):  # transformers 5.17 has no such mark
                 raise NotImplementedError(
                     f"{name} is sharded by expert parallelism, which is not emulated"
                 )

@@ -271,7 +271,7 @@ class Processes(World):
                 tensor = distribute_tensor(
                     tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None
                 )
-            optimizer.state[p][key] = tensor
+            optimizer.state[p][key] = tensor if key == "step" else tensor.to(p.device)
 
     # ------------------------------------------------------------------ beginning and end
     def __exit__(self, kind, error, traceback):

@@ -197,7 +197,11 @@ def teacher_forced(
     live experts give it without (`replace(rollout, routes=None)`)."""
     with torch.no_grad(), _replaying(model, rollout):
         return token_logprobs(
-            model, rollout.tokens, rollout.response_mask, temperature=temperature, entropy=False
+            model,
+            rollout.tokens.to(model.device),
+            rollout.response_mask.to(model.device),
+            temperature=temperature,
+            entropy=False,
         )[0].cpu()
 
 

@@ -369,8 +369,8 @@ class TorchEngine:
         with torch.no_grad():
             logp, _ = token_logprobs(
                 self.model,
-                rollout.tokens,
-                rollout.response_mask,
+                rollout.tokens.to(self.model.device),
+                rollout.response_mask.to(self.model.device),
                 temperature=temperature or 1.0,
                 entropy=False,
             )

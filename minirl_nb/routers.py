@@ -63,6 +63,8 @@ ADAPTERS: dict[str, Adapter] = {
     "PhimoeTopKRouter": Adapter(call="max"),
     # its router is a module of its own, JetMoeTopKGating
     "JetMoeAttention": Adapter(ignore=True),
+    # before transformers 5.20 its model did not declare it
+    "DeepseekV3TopkRouter": Adapter(),
     # the experts are a function of the token's id: nothing can differ
     "DeepseekV4HashRouter": Adapter(ignore=True),
     "DogeCDMoE": Adapter(

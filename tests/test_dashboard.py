@@ -124,7 +124,9 @@ def test_a_browser_draws_it(long_run, tmp_path):
     "Headless chromium draws what is in view, without an error on the console."
     path = tmp_path / "report.html"
     path.write_text(report_html([read_log(long_run)]), encoding="utf-8")
-    options = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --virtual-time-budget=30000"
+    options = (
+        "--headless --no-sandbox --disable-gpu --enable-logging=stderr --virtual-time-budget=30000"
+    )
     folder = f"--user-data-dir={tmp_path / 'profile'}"
     words = ["chromium", *options.split(), folder, "--dump-dom", path.as_uri()]
     p = subprocess.run(words, capture_output=True, text=True, timeout=120)

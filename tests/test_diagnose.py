@@ -146,7 +146,9 @@ def test_a_short_run_is_not_judged():
 
 
 def test_limits_have_reasons_and_rules_have_pages():
-    assert all(reason for _, reason in LIMITS.values()) and limit("kl") == pytest.approx(0.0284, rel=1e-2)
+    assert all(reason for _, reason in LIMITS.values()) and limit("kl") == pytest.approx(
+        0.0284, rel=1e-2
+    )
     for rule in RULES:
         assert (ROOT / "nbs" / f"{rule.page}.ipynb").is_file(), rule.page
         assert all(metric(key) for key in rule.needs)
@@ -157,7 +159,9 @@ def test_advice_that_the_config_follows_is_left_out(finished):
     log = read_log(finished.folder)
     damaged = [row | {"k3": 0.5} for row in log.steps]
     (found,) = [f for f in diagnose(replace(log, steps=damaged)) if f.rule == "discrepancy"]
-    without = [f for f in diagnose(replace(log, steps=damaged, config=None)) if f.rule == "discrepancy"]
+    without = [
+        f for f in diagnose(replace(log, steps=damaged, config=None)) if f.rule == "discrepancy"
+    ]
     assert any("replay" in t for t in without[0].tries)
     assert not any("replay" in t for t in found.tries)  # that run replays with R3
 

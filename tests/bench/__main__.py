@@ -1,5 +1,6 @@
 """`make bench`: the table of the front page. One section: `make bench ARGS=engine`. `--json FILE`
-keeps the numbers.
+keeps the numbers. `limits` compares with what the machine can do; it needs some gigabytes and
+minutes, so it runs only where it is named.
 
 Every comparison alternates its sides within one process and takes the best of several rounds, so
 that a busy neighbour hurts both alike. Without TRL its row is left out and says so."""
@@ -403,14 +404,24 @@ def verifier(rounds):
     ]
 
 
+def limits(rounds, layers=30):
+    """Training, decoding and what is added to them, each as a share of a limit measured here: a
+    mixture of the pretrained mixture's shape, random weights."""
+    from tests.bench import bench_limits
+
+    return bench_limits.limits(max(5, rounds), layers)
+
+
 SECTIONS = {f.__name__: f for f in (engine, formats, step, replay, padding, trl, policy, verifier)}
+NAMED = {"limits": limits}  # run only where they are asked for
 
 
 def machine():
     from minirl_nb.study import processor_name
 
     python = platform.python_version()
-    cores = f"{os.cpu_count()} cores, {THREADS} thread used"
+    threads = torch.get_num_threads()
+    cores = f"{os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} used"
     return f"{processor_name()}, {cores}, Python {python}, torch {torch.__version__}"
 
 
@@ -418,11 +429,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="which; all without")
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, *NAMED, []])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--layers", type=int, default=30, help="of the models of limits")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.threads)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -432,8 +445,10 @@ def main():
     print(machine())
     kept = []
     for name in args.sections or SECTIONS:
-        print(f"\n{name}: {SECTIONS[name].__doc__.splitlines()[0]}", flush=True)
-        for label, value, unit, goal in SECTIONS[name](args.rounds):
+        section = (SECTIONS | NAMED)[name]
+        print(f"\n{name}: {section.__doc__.splitlines()[0]}", flush=True)
+        more = {"layers": args.layers} if name in NAMED else {}
+        for label, value, unit, goal in section(args.rounds, **more):
             print(
                 f"  {label:80s} {value:>12,.{0 if value >= 1000 else 3}f} {unit:10s} {goal}",
                 flush=True,
