@@ -68,6 +68,9 @@ class Visitor:
         self.address, self.said = address, []
         scheme = "dark" if dark else "light"
         self.page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        self.page.set_default_timeout(
+            120_000
+        )  # ms; a loaded machine needs more than the usual 30 s
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda e: self.said.append(f"error: {e}"))
         self.page.on("response", self._answered)
@@ -112,7 +115,7 @@ class Visitor:
         self.page.locator("input.md-search__input").click()
         self.page.keyboard.type(words)
         results = self.page.locator(".md-search-result__link")
-        results.first.wait_for(timeout=60_000)
+        results.first.wait_for()
         links = results.evaluate_all("links => links.map(l => l.href)")
         return any(f"/{place}" in link for link in links)
 
