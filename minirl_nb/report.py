@@ -342,7 +342,8 @@ class RunResult:
             f"\nrun folder:  {self.folder}\nfigure:      {self.figure}\ncheckpoint:  {checkpoint}"
         )
         parts.append(
-            f"`minirl diagnose {self.folder}` says whether anything is going wrong, and `minirl report "
-            f"{self.folder}` draws every metric. How a step works: page nbs/15_train.ipynb"
+            f"`minirl diagnose {self.folder}` says whether anything goes wrong,\n"
+            f"`minirl report {self.folder}` draws every metric,\n"
+            "and the page nbs/15_train.ipynb explains how a step works"
         )
         return "\n\n".join(parts)
