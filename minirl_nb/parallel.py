@@ -36,8 +36,8 @@ from minirl_nb.world import (
     is_strided,
     named_state,
     pretrained,
-    read_shards,
     reshard,
+    sum_over_ranks,
 )
 
 # %% ../nbs/14d_parallel.ipynb #a659075a
@@ -190,6 +190,9 @@ class Processes(World):
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.messages)
         return int(x)
 
+    def rounds(self, n: int) -> int:
+        return self.maximum(n) if self.shard > 1 else n
+
     def assign_rows(self, cost: Tensor, minibatch: Tensor) -> Tensor:
         return assign_rows(cost, minibatch, self.size)
 
@@ -199,15 +202,28 @@ class Processes(World):
 
     # ------------------------------------------------------------------ the model
     def load_model(self, config, source):
+        spread = layout(config, self.size)
+        if spread is None:  # whole, as in a world of one
+            return pretrained(config, source).to(self.device)
+        self.shard = spread.fsdp_size
         self.compute_dtype = torch.bfloat16 if config.model.compute == "bfloat16" else None
-        model = pretrained(config, source, distributed_config=layout(config, self.size))
-        return model if self.size > 1 else model.to(self.device)
+        return pretrained(config, source, distributed_config=spread)
+
+    @property
+    def loss_factor(self) -> int:
+        return self.size if self.shard > 1 else 1  # FSDP2 averages gradients over ranks
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        if self.shard == 1:  # FSDP2 has summed as it went back
+            sum_over_ranks(model.parameters())
 
     def release_gathered(self, model: nn.Module) -> None:
         reshard(model)
 
     def replica(self, model: nn.Module) -> nn.Module:
         "A model of whole tensors on this rank, for engines that compute with the model itself."
+        if self.shard == 1:
+            return model
         from transformers import AutoModelForCausalLM
 
         from minirl_nb.fp8 import load_
@@ -224,6 +240,8 @@ class Processes(World):
 
     @torch.no_grad()
     def clip_gradient(self, model: nn.Module, limit: float) -> Tensor:
+        if self.shard == 1:
+            return super().clip_gradient(model, limit)
         norm = gradient_norm(model, self.messages)
         scale = limit / (norm + 1e-6)
         if scale < 1:
@@ -235,8 +253,11 @@ class Processes(World):
         return norm
 
     # ------------------------------------------------------------------ files
-    def save(self, model, optimizer, folder: Path) -> Callable[[], bool]:
-        "Every rank writes its shards, from a copy in host memory, while training goes on."
+    def save(self, model, optimizer, folder: Path) -> Callable[..., bool]:
+        """Every rank writes its shards, from a copy in host memory, while training goes on. Of whole
+        models rank 0 writes its own, as a world of one does."""
+        if self.shard == 1:
+            return super().save(model, optimizer, folder) if self.chief else lambda wait=False: True
         import torch.distributed.checkpoint as dcp
 
         state = contiguous_shards(named_state(model, optimizer))
@@ -258,8 +279,8 @@ class Processes(World):
         return done
 
     def restore(self, model, optimizer, folder: Path) -> None:
-        if (folder / "shards").is_dir():
-            return read_shards(model, optimizer, folder / "shards")
+        if self.shard == 1 or (folder / "shards").is_dir():
+            return super().restore(model, optimizer, folder)
         from safetensors.torch import load_file  # one process wrote it
         from torch.distributed.tensor import distribute_tensor
 
@@ -322,14 +343,15 @@ def device_of(config: RunConfig, local: int) -> torch.device:
 
 # %% ../nbs/14d_parallel.ipynb #d65cbdee
 def layout(config: RunConfig, processes: int):
-    """transformers' description of how a model is spread, or None for one process. ValueError where
-    the installed transformers is too old."""
-    if processes == 1:
+    """transformers' description of how a model is sharded, or None where each process has it whole.
+    ValueError where the installed transformers is too old."""
+    p = config.parallel
+    shard = p.shard or processes
+    if shard == 1:
         return None
     from transformers.distributed import DistributedConfig
 
-    p, known = config.parallel, {f.name for f in fields(DistributedConfig)}
-    shard = p.shard or processes
+    known = {f.name for f in fields(DistributedConfig)}
     options = {
         "fsdp_size": shard,
         "fsdp_mixed_precision": config.model.compute == "bfloat16",

@@ -243,6 +243,7 @@ def update(run: Run, step: Step, i: int) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     with timed(step.seconds, f"update {i}"):
         loss, logp = _accumulate(run, step, active, count)
+        world.sum_gradients(run.model)
         norm = world.clip_gradient(run.model, config.optimizer.max_grad_norm)
         norm = run.finite(norm, "update", "gradient norm")
         lr = learning_rate(config.optimizer, run.step, config.steps)
@@ -285,8 +286,7 @@ def _accumulate(run: Run, step: Step, active: Tensor, count: float) -> tuple[flo
                 response_mask=part.response_mask.to(now.device),
                 count=count,
             )
-            # gradients are averaged over ranks, whose losses are summands
-            (loss * run.world.size).backward()
+            (loss * run.world.loss_factor).backward()
         total += run.finite(loss, "update", "loss")
         if len(rows):
             logp[rows, :T] = now.detach().cpu()
@@ -328,13 +328,15 @@ def train(
     on_step: Callable[[Run], None] | None = None,  # called after each rollout step
     # given a config and a number of processes: why they cannot run here, or None
     refuse: Callable[[RunConfig, int], str | None] | None = None,
+    # and whether each of them has room for a whole model; without an answer, parameters are split
+    whole: Callable[[RunConfig, int], bool] | None = None,
 ) -> RunResult:
     """Run the method from start, or from its newest checkpoint, to the last step.
 
     Errors: what `checks.check` and `refuse` say, before any work; `ParityError` where the engine
     does not hold the trainer's weights; `TrainingError` where a number is not finite."""
     with launched(config) as world:
-        run = Run(config, world, refuse)
+        run = Run(config, world, refuse, whole)
         # whatever happens, the other ranks hear of it, and the engine gives back what it holds
         with contextlib.closing(run.engine), _observing(run), world.announcing_errors():
             if run.step == 0:
