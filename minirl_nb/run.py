@@ -100,6 +100,8 @@ class Step:
     mu_valid: Tensor | None = None  # [B, T]
     logp_old: Tensor | None = None  # [B, T]
     entropy: Tensor | None = None  # [B, T], of pi_old over the whole vocabulary
+    pending: Tensor | None = None
+    """bool [B]: rows whose logp_old and entropy the first update's own forward gives."""
     live: dict[int, Ragged] = field(default_factory=dict)
     """Live routes of pi_old on each mini-batch's monitored rows."""
 
