@@ -1707,5 +1707,6 @@ d = { 'settings': { 'branch': 'main',
                                  'minirl_nb.world.pretrained': ('world.html#pretrained', 'minirl_nb/world.py'),
                                  'minirl_nb.world.read_shards': ('world.html#read_shards', 'minirl_nb/world.py'),
                                  'minirl_nb.world.reshard': ('world.html#reshard', 'minirl_nb/world.py'),
+                                 'minirl_nb.world.sum_gradients': ('world.html#sum_gradients', 'minirl_nb/world.py'),
                                  'minirl_nb.world.sum_over_ranks': ('world.html#sum_over_ranks', 'minirl_nb/world.py'),
                                  'minirl_nb.world.whole': ('world.html#whole', 'minirl_nb/world.py')}}}

@@ -215,9 +215,7 @@ def test_the_first_update_gives_pi_old(replay, checkpointing, tmp_path, coldstar
 
 
 @pytest.mark.parametrize("replay, updates", [("R2", 1), ("R3", 2), ("none", 1)])
-def test_a_pass_less_changes_metrics_by_rounding(
-    replay, updates, tmp_path, coldstart, monkeypatch
-):
+def test_a_pass_less_changes_metrics_by_rounding(replay, updates, tmp_path, coldstart, monkeypatch):
     """A rollout step with and without a pass of its own for the first mini-batch: the same metrics.
     2e-4 of a sum of 2,000 terms of both signs, and of the k3 of FP8, is 1e-6 of its terms."""
     from minirl_nb import train as T

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .. import parallel, policy
 from .case import Case, Shape, skeleton
 from .ledger import Ledger
-from ..world import World, sum_over_ranks
+from ..world import World, sum_gradients
 
 # %% ../../nbs/16c_step.ipynb #5260b0b3
 @contextlib.contextmanager
@@ -268,7 +268,7 @@ def watch_step(
             del logp
             ledger.begin("step")
             if replicas:
-                sum_over_ranks(model.parameters())
+                sum_gradients(list(model.parameters()))
             optimizer.step()
     handle.remove()
 
