@@ -347,7 +347,7 @@ def layout(config: RunConfig, processes: int):
     ValueError where the installed transformers is too old."""
     p = config.parallel
     shard = p.shard or processes
-    if shard == 1:
+    if min(shard, processes) == 1:
         return None
     from transformers.distributed import DistributedConfig
 
