@@ -254,8 +254,8 @@ class Processes(World):
 
     # ------------------------------------------------------------------ files
     def save(self, model, optimizer, folder: Path) -> Callable[..., bool]:
-        """Every rank writes its shards, from a copy in host memory, while training goes on. Of whole
-        models rank 0 writes its own, as a world of one does."""
+        """Every rank writes its shards, from a copy in host memory, while training goes on. Where
+        models are whole, rank 0 writes its own, as a world of one does."""
         if self.shard == 1:
             return super().save(model, optimizer, folder) if self.chief else lambda wait=False: True
         import torch.distributed.checkpoint as dcp

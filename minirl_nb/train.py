@@ -226,7 +226,7 @@ def recompute(
                 for i in range(len(step.minibatches))
             }
 
-
+# %% ../nbs/15_train.ipynb #ecf065ba
 def _given_by_update(run: Run, step: Step) -> Tensor:
     """Rows of the first mini-batch that its update works on. Its weights are those of pi_old, so
     its forward is the pass that `recompute` would make.
@@ -256,7 +256,7 @@ def _score(run: Run, step: Step) -> None:
         x[step.pending] = torch.nan
     step.tokens["recompute"] = int(r.length[known].sum())
 
-
+# %% ../nbs/15_train.ipynb #6f36e7f7
 def _passing(run: Run, part: Rollout, records: bool) -> contextlib.AbstractContextManager:
     "The context of a forward: it records its live routes, or replays those that are given."
     return routing.record(run.model) if records else run.replaying(part)

@@ -266,7 +266,7 @@ class World:
         return 1
 
     def sum_gradients(self, model: nn.Module) -> None:
-        "Make the gradients of this rank's rows those of the whole mini-batch, once a gradient step."
+        "Once a gradient step: make this rank's gradients those of the whole mini-batch."
 
     def clip_gradient(self, model: nn.Module, limit: float) -> Tensor:
         "Scale the gradient down to the norm `limit` where it is larger; its norm before."

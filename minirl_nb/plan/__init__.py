@@ -129,7 +129,7 @@ def refuse_if_too_large(config: RunConfig, world_size: int) -> str | None:
 
 
 def with_shards(config: RunConfig, cluster: Cluster) -> RunConfig:
-    """The config with `parallel.shard` decided: 1, replicas, where a GPU has room for a whole model.
+    """The config with `parallel.shard` decided: 1 (replicas) where a GPU has room for a whole one.
 
     Room: weights, gradients and optimiser states take at most half of its memory, with the
     activations of a model of more than a billion parameters. The other half is for what this lower
