@@ -136,6 +136,11 @@ def _check_processes(config: RunConfig, processes: int, model_config: Any) -> No
 
     run = f"the {processes} processes of the run"
     divide(shard, processes, f"parallel.shard is {shard}, which does not divide {run}")
+    if config.parallel.offload and config.parallel.shard == 1 < processes:
+        raise ValueError(
+            "parallel.offload keeps shards in host memory, and with parallel.shard = 1 nothing is "
+            "sharded; leave one of them out"
+        )
     of_shard = f"the {shard} processes of parallel.shard"
     divide(expert, shard, f"parallel.expert is {expert}, which does not divide {of_shard}")
     if expert > 1 and (not experts or experts % expert):

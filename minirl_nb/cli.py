@@ -128,7 +128,7 @@ def _train(positional: list[str], options: list[str]) -> None:
     from minirl_nb import plan, train
 
     config = load_config(positional[0] if positional else None, options)
-    report = train.train(config, refuse=plan.refuse_if_too_large).report()
+    report = train.train(config, refuse=plan.refuse_if_too_large, whole=plan.fits_whole).report()
     if report:  # one of the processes has one
         print(report)
 

@@ -344,8 +344,9 @@ class ParallelConfig:
     none of it."""
 
     shard: int | None = None
-    """Processes over which each parameter is split (FSDP2); None: all. World size / shard copies
-    are kept (HSDP)."""
+    """Processes over which each parameter is split (FSDP2); world size / shard copies are kept
+    (HSDP). 1: every process has the whole model, and gradients are summed once a step (replicas).
+    None: 1 where the plan finds room for a whole model, else all."""
     expert: int = 1
     """Processes that hold different experts and exchange tokens all-to-all (expert parallelism);
     must divide `shard` and the experts."""

@@ -56,7 +56,8 @@ def flips(run: Run, step: Step, i: int) -> dict[str, Any]:
         return {}
     rows = monitored_rows(run, step, i)
     with timed(step.seconds, "monitor"):
-        now = live_routes(run, step.rollout, rows)
+        # the first mini-batch's pi is pi_old still
+        now = live_routes(run, step.rollout, rows) if i else step.live[0]
     T = int(step.rollout.length[rows].max()) if len(rows) else 0
     old, mu = step.live[i].padded(T), step.mu_routes.select(rows)
     pairs = {

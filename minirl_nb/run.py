@@ -100,6 +100,8 @@ class Step:
     mu_valid: Tensor | None = None  # [B, T]
     logp_old: Tensor | None = None  # [B, T]
     entropy: Tensor | None = None  # [B, T], of pi_old over the whole vocabulary
+    pending: Tensor | None = None
+    """bool [B]: rows whose logp_old and entropy the first update's own forward gives."""
     live: dict[int, Ragged] = field(default_factory=dict)
     """Live routes of pi_old on each mini-batch's monitored rows."""
 
@@ -165,13 +167,15 @@ class Run:
         world: World | None = None,
         # given a config and a number of processes: why they cannot run here, or None
         refuse: Callable[[RunConfig, int], str | None] | None = None,
+        # and whether each of them has room for a whole model
+        whole: Callable[[RunConfig, int], bool] | None = None,
     ):
         self.world, self.config = world or World(), config
         check(config, self.world.size)
-        asked = refuse is not None and self.world.chief
-        reason = refuse(config, self.world.size) if asked else None
-        if reason := self.world.gather(reason)[0]:
+        if reason := self._ask(refuse):
             raise ValueError(reason)
+        replicas = config.parallel.shard is None and self._ask(whole)
+        self.parallel = replace(config.parallel, shard=1) if replicas else config.parallel
         self.objective, self.folder = objective_of(config), Path(config.output.folder)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -191,8 +195,13 @@ class Run:
         self.observers: list[Observer] = []  # while the loop runs
         self.engine = make_engine(self)
 
+    def _ask(self, question: Callable[[RunConfig, int], Any] | None) -> Any:
+        "Rank 0's answer to a question about this run, on all ranks; None where nobody can answer."
+        asked = question is not None and self.world.chief
+        return self.world.gather(question(self.config, self.world.size) if asked else None)[0]
+
     def _load_model(self, checkpoint: Path | None) -> None:
-        config = self.config
+        config = replace(self.config, parallel=self.parallel)
         hugging_face = checkpoint and not (checkpoint / "shards").is_dir()
         source = checkpoint if hugging_face else config.model.path
         self.model = self.world.load_model(config, source)
@@ -349,12 +358,12 @@ class Run:
 
     def microbatches(self, rollout: Rollout, rows: Tensor) -> Iterator[tuple[Tensor, Rollout]]:
         """Micro-batches of some rows: the numbers of the rows, and the rows themselves. Every rank
-        gets equally many, because a sharded layer runs only where all ranks run it; one that is
-        missing has no numbers, and padding in place of rows."""
+        gets equally many where layers are sharded, because those run only where all ranks run
+        them; one that is missing has no numbers, and padding in place of rows."""
         b = self.config.batch
         length = rollout.length[rows]
         cut = batch.microbatches(length, b.tokens, b.max_padding, packed=b.packed)
-        for i in range(self.world.maximum(len(cut))):
+        for i in range(self.world.rounds(len(cut))):
             at = rows[cut[i]] if i < len(cut) else rows[:0]
             yield at, rollout.select(at) if len(at) else _PADDING
 
@@ -376,9 +385,9 @@ class Run:
             )
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bfloat16 computation over float32 parameters in one process; a sharded model does this
+        """bfloat16 computation over float32 parameters that are whole; a sharded model does this
         itself, as it gathers its layers."""
-        if self.config.model.compute == "bfloat16" and self.world.size == 1:
+        if self.config.model.compute == "bfloat16" and self.world.shard == 1:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 

@@ -21,6 +21,7 @@ __all__ = ['sample', 'recompute', 'update', 'learning_rate', 'transfer', 'probe'
 import contextlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,11 +193,17 @@ def _readable(
 
 # %% ../nbs/15_train.ipynb #2a32ee1e
 @torch.no_grad()
-def recompute(run: Run, step: Step) -> None:
+def recompute(
+    run: Run,
+    step: Step,
+    rows: Tensor | None = None,  # int64, of the rollout; None: all that no update's forward gives
+) -> None:
     """pi_old in the training engine: logp_old, entropy, and the routes that R2 will replay.
 
-    With two policies the rollout engine's log-probabilities stand in, and no entropy is known."""
+    Rows that are left out are `pending`: NaN until the first update's forward has given them. With
+    two policies the rollout engine's log-probabilities stand in, and no entropy is known."""
     r = step.rollout
+    step.pending = torch.zeros(len(r), dtype=torch.bool)
     if run.replay == "none":
         r.routes = None
     if run.replay == "R2":
@@ -206,6 +213,11 @@ def recompute(run: Run, step: Step) -> None:
     if run.config.objective.pi_old == "rollout":
         step.logp_old, step.entropy = r.logp_mu, torch.full_like(r.logp_mu, torch.nan)
     else:
+        if rows is None:
+            step.pending[_given_by_update(run, step)] = True
+        else:
+            step.pending[:] = True
+            step.pending[rows] = False
         _score(run, step)
     if run.routers and run.config.output.monitor:
         with timed(step.seconds, "monitor"):
@@ -214,24 +226,55 @@ def recompute(run: Run, step: Step) -> None:
                 for i in range(len(step.minibatches))
             }
 
+# %% ../nbs/15_train.ipynb #ecf065ba
+def _given_by_update(run: Run, step: Step) -> Tensor:
+    """Rows of the first mini-batch that its update works on. Its weights are those of pi_old, so
+    its forward is the pass that `recompute` would make.
+
+    None where that forward is not all: under activation checkpointing the backward runs layers
+    again, and R2 must replay there what a pass before has recorded; and with dropout no two
+    forwards are equal."""
+    rows, settings = step.minibatches[0], vars(run.model.config.get_text_config())
+    again = run.model.training and (
+        run.replay == "R2" or any(settings[key] for key in settings if "drop" in key)
+    )
+    return rows[:0] if again else rows[step.advantage[rows] != 0]
+
 
 def _score(run: Run, step: Step) -> None:
-    "The pass of `recompute`: log-probabilities and entropies of all responses."
+    "The pass of `recompute`: log-probabilities and entropies of all responses but pending ones."
     r = step.rollout
     step.logp_old, step.entropy = torch.zeros_like(r.logp_mu), torch.zeros_like(r.logp_mu)
+    known = (~step.pending).nonzero()[:, 0]
     with timed(step.seconds, "recompute"):
-        for rows, part in run.microbatches(r, torch.arange(len(r))):
-            recording = run.replay == "R2"
-            with routing.record(run.model) if recording else run.replaying(part) as recorder:
+        for rows, part in run.microbatches(r, known):
+            with _passing(run, part, run.replay == "R2") as recorder:
                 logp, entropy = run.logprobs(part, entropy=True)
-            if not len(rows):
-                continue
-            if recording:
-                r.routes.put_(rows, recorder.pop(length=part.length).to("cpu"))
-            T = part.tokens.shape[1]
-            step.logp_old[rows, :T], step.entropy[rows, :T] = logp.cpu(), entropy.cpu()
+            _keep(step, rows, part, logp, entropy, recorder)
         run.finite(step.logp_old.sum(), "recompute", "log-probability of pi_old")
-    step.tokens["recompute"] = int(r.length.sum())
+    for x in (step.logp_old, step.entropy):
+        x[step.pending] = torch.nan
+    step.tokens["recompute"] = int(r.length[known].sum())
+
+# %% ../nbs/15_train.ipynb #6f36e7f7
+def _passing(run: Run, part: Rollout, records: bool) -> contextlib.AbstractContextManager:
+    "The context of a forward: it records its live routes, or replays those that are given."
+    return routing.record(run.model) if records else run.replaying(part)
+
+
+def _keep(
+    step: Step, rows: Tensor, part: Rollout, logp: Tensor, entropy: Tensor, recorder: Any
+) -> None:
+    "Keep what a forward of pi_old gave for some rows, and what it recorded."
+    r, T = step.rollout, part.tokens.shape[1]
+    if not len(rows):
+        return
+    if isinstance(recorder, routing.record):
+        r.routes.put_(rows, recorder.pop(length=part.length).to("cpu"))
+    for x, found in ((step.logp_old, logp), (step.entropy, entropy)):
+        x[rows] = 0.0
+        x[rows, :T] = found.detach().cpu()
+    step.pending[rows] = False
 
 # %% ../nbs/15_train.ipynb #1d80c4c5
 def update(run: Run, step: Step, i: int) -> dict[str, float]:
@@ -243,6 +286,7 @@ def update(run: Run, step: Step, i: int) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     with timed(step.seconds, f"update {i}"):
         loss, logp = _accumulate(run, step, active, count)
+        world.sum_gradients(run.model)
         norm = world.clip_gradient(run.model, config.optimizer.max_grad_norm)
         norm = run.finite(norm, "update", "gradient norm")
         lr = learning_rate(config.optimizer, run.step, config.steps)
@@ -273,10 +317,13 @@ def _accumulate(run: Run, step: Step, active: Tensor, count: float) -> tuple[flo
     for rows, part in run.microbatches(r, active):
         T = part.tokens.shape[1]
         logp_old, advantage = part.logp_mu, torch.zeros(1)  # of padding, for a rank without rows
-        if len(rows):
-            logp_old, advantage = step.logp_old[rows, :T], step.advantage[rows]
-        with run.replaying(part):
-            now, _ = run.logprobs(part)
+        first = bool(step.pending[rows].any())  # then this forward is that of pi_old
+        with _passing(run, part, first and run.replay == "R2") as recorder:
+            now, entropy = run.logprobs(part, entropy=first)
+            if first:
+                _keep(step, rows, part, now, entropy, recorder)
+            if len(rows):
+                logp_old, advantage = step.logp_old[rows, :T], step.advantage[rows]
             loss = run.objective.loss(
                 logp=now,
                 logp_old=logp_old.to(now.device),
@@ -285,8 +332,7 @@ def _accumulate(run: Run, step: Step, active: Tensor, count: float) -> tuple[flo
                 response_mask=part.response_mask.to(now.device),
                 count=count,
             )
-            # gradients are averaged over ranks, whose losses are summands
-            (loss * run.world.size).backward()
+            (loss * run.world.loss_factor).backward()
         total += run.finite(loss, "update", "loss")
         if len(rows):
             logp[rows, :T] = now.detach().cpu()
@@ -328,13 +374,15 @@ def train(
     on_step: Callable[[Run], None] | None = None,  # called after each rollout step
     # given a config and a number of processes: why they cannot run here, or None
     refuse: Callable[[RunConfig, int], str | None] | None = None,
+    # and whether each of them has room for a whole model; without an answer, parameters are split
+    whole: Callable[[RunConfig, int], bool] | None = None,
 ) -> RunResult:
     """Run the method from start, or from its newest checkpoint, to the last step.
 
     Errors: what `checks.check` and `refuse` say, before any work; `ParityError` where the engine
     does not hold the trainer's weights; `TrainingError` where a number is not finite."""
     with launched(config) as world:
-        run = Run(config, world, refuse)
+        run = Run(config, world, refuse, whole)
         # whatever happens, the other ranks hear of it, and the engine gives back what it holds
         with contextlib.closing(run.engine), _observing(run), world.announcing_errors():
             if run.step == 0:

@@ -139,6 +139,11 @@ def test_run_folders_are_not_mixed_up(finished, coldstart):
         ),
         (4, {"parallel.shard": 3}, "parallel.shard is 3, which does not divide the 4 processes"),
         (
+            2,
+            {"parallel.shard": 1, "parallel.offload": True},
+            "with parallel.shard = 1 nothing is sharded",
+        ),
+        (
             3,
             {"batch.prompts": 2, "rollout.responses": 4},
             "3 processes do not divide the 8 responses of a mini-batch",

@@ -155,11 +155,19 @@ SHARED = {
     "onerow-N1-R3": (1, "R3", dict(share="one row")),
     "experts-N4-R3": (4, "R3", dict(config={"parallel.expert": 2})),
     "experts-N1-R2": (1, "R2", dict(config={"parallel.expert": 2})),
-    "copies-N4-R3": (4, "R3", dict(config={"parallel.shard": 1})),
     "checkpointed-N1-R3": (1, "R3", dict(config={"model.gradient_checkpointing": True})),
+    "replicas-N1-R2": (1, "R2", dict(config={"parallel.shard": 1})),
+    "replicas-N4-R3": (4, "R3", dict(config={"parallel.shard": 1}, share="cut")),
+    "replicas-onerank-N4-R3": (4, "R3", dict(config={"parallel.shard": 1}, share="one rank")),
+    "replicas-checkpointed-N1-R3": (
+        1,
+        "R3",
+        dict(config={"parallel.shard": 1, "model.gradient_checkpointing": True}),
+    ),
 }
 
 
+LAYOUTS = (("shard", 1), ("expert", 2))
 RESUMED = {"one": 1, "four": 4, "two": 2}  # a run's name: the processes it goes on with
 
 
@@ -169,18 +177,22 @@ def compared(given, silent):
     and on four what was begun on two."""
 
     def resumed(k):
-        return given(f"resumed-{k}", 4, "R3", config={"resume": True})
+        again = {"resume": True} | ({"parallel.shard": 2} if k == "four" else {})  # two copies
+        return given(f"resumed-{k}", 4, "R3", config=again)
 
     def from_one(config=(), **more):
         return given("from-one", 1, "R2", config=config, **more)
 
     alone = [given(f"alone-N{n}-{r}", n, r) for n, r in SETTINGS]
-    work(1, [*alone, from_one(stop=6, checkpoint=True)], given.folder)
+    work(1, [*alone, from_one(stop=3, checkpoint=True)], given.folder)
     pairs = [given(name, n, r, **more) for name, (n, r, more) in SHARED.items()]
     begun = [given(f"resumed-{k}", 4, "R3", stop=8, checkpoint=True) for k in RESUMED]
-    apart = {"resume": True, "parallel.expert": 2}
-    spread = from_one(apart, stop=9, checkpoint=True)
-    work(2, [*pairs, *begun, spread, resumed("two")], given.folder)
+    replicas, apart = ({"resume": True, f"parallel.{k}": n} for k, n in LAYOUTS)
+    spread = [
+        from_one(config, stop=stop, checkpoint=True)
+        for config, stop in ((replicas, 5), (apart, 8), (replicas, 10))
+    ]
+    work(2, [*pairs, *begun, *spread, resumed("two")], given.folder)
     work(1, [resumed("one"), from_one({"resume": True})], given.folder)
     work(4, [resumed("four")], given.folder)
     return given.folder
@@ -238,8 +250,9 @@ def test_resumed_on_other_numbers_of_processes(name, compared):
     assert_equal_runs(compared / "alone-N4-R3", compared / f"resumed-{name}")
 
 
-def test_resumed_with_experts_apart_and_from_one_process(compared):
-    "Six steps on one process, three on two with experts apart, three on one."
+def test_resumed_as_replicas_with_experts_apart_and_on_one_process(compared):
+    """Three steps on one process, two on two replicas, three with experts apart, two on replicas,
+    two on one."""
     assert_equal_runs(compared / "alone-N1-R2", compared / "from-one")
 
 

@@ -86,6 +86,29 @@ def test_refusals_of_the_30b_model_are_one_sentence_with_the_largest_term():
     assert "host memory" in refuse(offload, replace(Cluster.with_gpus("h100", 8), host=400 * GiB))
 
 
+def test_a_run_has_replicas_where_half_a_gpu_holds_their_states(mixture):
+    config, cluster = small(mixture), Cluster.with_gpus("h100", 8)
+    found = plan.plan(config, cluster, search=False)
+    P, context = found.model.parameters, found.assume.context
+    assert found.config.parallel.shard == 1
+    update = next(p for p in found.phases if p.name == "update")
+    # each GPU sends its part of the sums twice, float32, once a gradient step
+    assert update.moved == {"gradients reduced": pytest.approx(2 * 7 / 8 * 4 * P)}
+    assert update.seconds["waiting for weights"] == 0 < update.seconds["summing gradients"]
+    assert update.memory["weights"] == 4 * P and update.memory["optimiser"] >= 8 * P
+
+    def shard(config, cluster):
+        return plan.with_shards(config, cluster).parallel.shard
+
+    enough = 2 * (16 * P + context)
+    assert shard(config, replace(cluster, memory=enough)) == 1
+    assert shard(config, replace(cluster, memory=enough - 1)) is None
+    assert shard(config, Cluster.with_gpus("h100", 1)) is None
+    for over in ({"parallel.expert": 2}, {"parallel.offload": True}):
+        assert shard(small(mixture, **over), cluster) is None
+    assert shard(small(mixture, **{"parallel.shard": 4}), cluster) == 4
+
+
 def test_bad_layouts_end_in_one_sentence(mixture):
     for over, word in (
         ({"parallel.expert": 3}, "parallel.expert is 3"),

@@ -100,7 +100,7 @@ def own_steps(run, watched, accumulate, steps):
         rollout, advantage, [], {}, {}, minibatches, rollout.routes, rollout.routes_valid
     )
     run.model.load_state_dict(watched[0]["weights"])
-    train.recompute(run, step)
+    train.recompute(run, step, torch.arange(len(rollout)))
     for i, part in enumerate(parts):
         run.model.load_state_dict(part[0]["weights"])
         run.model.zero_grad()

@@ -231,6 +231,11 @@ class Case:
         return self.config.parallel.offload and not self.cluster.is_cpu
 
     @property
+    def shards(self) -> int:
+        "GPUs over which each parameter is split; 1: each has the whole model."
+        return self.config.parallel.shard or self.cluster.gpus
+
+    @property
     def uses_vllm(self) -> bool:
         return self.config.rollout.engine == "vllm"
 

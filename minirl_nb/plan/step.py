@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .. import parallel, policy
 from .case import Case, Shape, skeleton
 from .ledger import Ledger
-from ..world import World
+from ..world import World, sum_gradients
 
 # %% ../../nbs/16c_step.ipynb #5260b0b3
 @contextlib.contextmanager
@@ -206,7 +206,7 @@ def _model(case: Case, layers: int) -> nn.Module:
     with contextlib.suppress(Exception):  # a dense model has no experts
         experts = "grouped_mm" if settings.experts == "eager" else settings.experts
         model.set_experts_implementation(experts)
-    if case.cluster.gpus > 1:
+    if case.shards > 1:
         model = _distribute(model, case)
     if settings.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -242,6 +242,7 @@ def watch_step(
     temperature: float = 1.0,
     train: bool = True,
     mixed: bool = False,  # float32 parameters that layers compute with in bfloat16
+    replicas: bool = False,  # whole models on several processes, which sum their gradients
 ) -> None:
     """One micro-batch under the ledger: forward, head, backward and optimiser step, or with
     `train=False` the forward of a recomputation. Tensors may be real or fake."""
@@ -266,6 +267,8 @@ def watch_step(
             logp.sum().backward()
             del logp
             ledger.begin("step")
+            if replicas:
+                sum_gradients(list(model.parameters()))
             optimizer.step()
     handle.remove()
 
@@ -297,7 +300,9 @@ def run_pass(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model, ledger = _model(case, layers), Ledger(case.cluster, case.assume)
-    mixed = case.config.model.compute == "bfloat16" and case.cluster.gpus == 1
+    whole = case.shards == 1
+    mixed = case.config.model.compute == "bfloat16" and whole
+    replicas = whole and case.cluster.gpus > 1
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, _as_with_numbers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -311,7 +316,7 @@ def run_pass(
         gradients, states = _first_step(model, optimizer, accumulate) if train else (0.0, 0.0)
         temperature = case.config.rollout.temperature
         sharded = list(model.parameters())  # FSDP2 puts whole tensors in place of some
-        watch_step(model, optimizer, ledger, micro, temperature, train, mixed)
+        watch_step(model, optimizer, ledger, micro, temperature, train, mixed, replicas)
         weights = _held(sharded)
     found = (ledger.peak, ledger.seconds, ledger.flops, ledger.moved)
     return Pass(weights, gradients, states, *(dict(values) for values in found))

@@ -96,11 +96,11 @@ def _compute_seconds(measured: Pass) -> tuple[float, float]:
     return linear, attention
 
 
-def _send_seconds(case: Case, measured: Pass, *kinds: str) -> float:
-    "Seconds of a pass's collectives of some kinds, without the optimiser's step."
+def _send_seconds(case: Case, measured: Pass, *kinds: str, step: bool = False) -> float:
+    "Seconds of a pass's collectives of some kinds: of the micro-batch, or of the gradient step."
     total = 0.0
     for (part, kind, leaves_node), size in measured.moved.items():
-        if part != "step" and kind in kinds:
+        if (part == "step") == step and kind in kinds:
             rate = case.cluster.network if leaves_node else case.cluster.link
             total += size / (rate * case.assume.collective)
     return total
@@ -148,12 +148,14 @@ def update_seconds(
         traffic = 1.75 * measured.states * case.cluster.gpus_per_node
         step = traffic / case.assume.host_adam
     found["optimiser"] = step
+    if case.shards == 1 and case.cluster.gpus > 1:
+        found["summing gradients"] = _send_seconds(case, measured, "reduce", step=True)
     return {cause: seconds * case.config.batch.updates for cause, seconds in found.items()}
 
 
 def sync_bytes(case: Case) -> float:
     "Bytes that a GPU receives when weights are gathered for the rollout engine."
-    return case.model.parameters * case.compute_bytes * (1 - 1 / case.cluster.gpus)
+    return case.model.parameters * case.compute_bytes * (1 - 1 / case.shards)
 
 
 def transfer_seconds(case: Case) -> dict[str, float]:
