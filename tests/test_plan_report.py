@@ -11,7 +11,7 @@ from minirl_nb.plan import Assumptions, Cluster, GiB, Plan
 
 
 def test_all_phases_add_up_and_say_so(mixture):
-    found = plan.plan(small(mixture), Cluster.with_gpus("h100", 8))
+    found = plan.plan(small(mixture, **{"objective.replay": "R2"}), Cluster.with_gpus("h100", 8))
     assert (
         isinstance(found, Plan)
         and found.fits
@@ -56,14 +56,25 @@ def test_what_does_not_fit_is_said_with_the_knob_that_helps(mixture):
     )
 
 
-def test_two_policies_save_the_recomputation(mixture):
+@pytest.mark.parametrize("setting", [{"objective.pi_old": "rollout"}, {}])
+def test_pi_old_that_takes_no_pass_of_its_own_costs_none(mixture, setting):
+    "Two policies, and one update whose forward gives it. R2 must record before it replays."
     cluster = Cluster.with_gpus("h100", 8)
-    two = {"objective.pi_old": "rollout", "objective.replay": "R3"}
-    recomputed = plan.plan(small(mixture, **{"objective.replay": "R3"}), cluster, search=False)
-    saved = plan.plan(small(mixture, **two), cluster, search=False)
+    apart = plan.plan(small(mixture, **{"objective.replay": "R2"}), cluster, search=False)
+    setting = setting | {"objective.replay": "R3"}
+    saved = plan.plan(small(mixture, **setting), cluster, search=False)
     assert [p.name for p in saved.phases] == ["rollout", "update", "transfer"]
-    difference = recomputed.numbers["seconds"] - saved.numbers["seconds"]
-    assert difference == pytest.approx(recomputed.phase("recompute").time)
+    difference = apart.numbers["seconds"] - saved.numbers["seconds"]
+    assert difference == pytest.approx(apart.phase("recompute").time) and difference > 0
     for name in ("rollout", "update", "transfer"):
-        assert saved.phase(name) == recomputed.phase(name)
+        assert saved.phase(name) == apart.phase(name)
     assert "recompute" not in saved.report()
+
+
+def test_of_two_updates_the_second_is_recomputed(mixture):
+    cluster, setting = Cluster.with_gpus("h100", 8), {"objective.replay": "R3", "batch.updates": 2}
+    half = plan.plan(small(mixture, **setting), cluster, search=False)
+    setting |= {"objective.replay": "R2"}
+    whole = plan.plan(small(mixture, **setting), cluster, search=False)
+    share = half.phase("recompute").time / whole.phase("recompute").time
+    assert 0.4 < share < 0.7  # half of the responses, in micro-batches that are less full

@@ -219,7 +219,7 @@ def _phases(
         "transfer": {"weight sync": sync_bytes(case) if case.cluster.gpus > 1 else weights},
     }
     if passes.recompute is not None:
-        again, _ = meetings(case, case.mini_batch * case.recomputed)
+        again, _ = meetings(case, case.recomputed)
         seconds["recompute"] = pass_seconds(case, passes.recompute, micro, again)
         moved["recompute"] = _moved(passes.recompute, len(again))
     return [Phase(name, memory[name], seconds[name], moved[name]) for name in memory]
@@ -267,9 +267,8 @@ def plan(
     config = with_shards(config, cluster)
     case = Case.from_config(config, cluster, assume or Assumptions())
     _check_layout(case)
-    active = max(1, round(case.mini_batch * case.assume.active))
     with fake_processes(case.cluster.gpus), torch.random.fork_rng(devices=[]):
-        mini_batch, busiest = meetings(case, active)
+        mini_batch, busiest = meetings(case, case.in_play)
         accumulate = len(mini_batch) > 1
         passes = passes_of(case, accumulate)
         largest = largest_micro_batch(case, passes, accumulate) if search else float("nan")

@@ -250,14 +250,23 @@ class Case:
         return prompts_of(self.config)[1] * self.config.rollout.responses
 
     @property
+    def in_play(self) -> int:
+        "Responses of one mini-batch that have an advantage."
+        return max(1, round(self.mini_batch * self.assume.active))
+
+    @property
     def responses(self) -> int:
         "Responses of one rollout step."
         return prompts_of(self.config)[0] * self.config.rollout.responses
 
     @property
     def recomputed(self) -> int:
-        "Mini-batches of a rollout step whose pi_old takes a pass of its own."
-        return 0 if self.config.objective.pi_old == "rollout" else self.config.batch.updates
+        """Responses of a rollout step whose pi_old takes a pass of its own: not those whose first
+        update gives it, unless R2 must replay there under activation checkpointing."""
+        if self.config.objective.pi_old == "rollout":
+            return 0
+        apart = self.replay == "R2" and self.config.model.gradient_checkpointing
+        return self.responses - (0 if apart else self.in_play)
 
     @property
     def longest(self) -> int:

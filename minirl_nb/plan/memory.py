@@ -206,7 +206,7 @@ def memory_of_phases(
         ),
         "transfer": _terms(
             *common,
-            working=largest * (1.0 if case.cluster.gpus > 1 else 0.0),
+            working=largest * (1.0 if case.shards > 1 else 0.0),
             layers=largest,
             awake=True,
         ),
