@@ -19,7 +19,7 @@ from minirl_nb.study import (
     studies,
 )
 
-KEPT = ("on_policy", "off_policy")
+KEPT = ("on_policy", "off_policy", "cold_starts")
 
 
 @pytest.mark.parametrize("name", studies())
