@@ -119,3 +119,8 @@ def test_the_mark_of_exported_code_names_its_file():
     )
     plain = {"cell_type": "code", "source": json.loads('"x = 1"')}
     assert website.code_block(plain, "vllm.engine") == "```python\nx = 1\n```"
+
+
+def test_what_unfolds_is_markdown():
+    text = "<details><summary>Answer</summary>\n\n`02_weights` says\n\n</details>"
+    assert website.prose(text, "00_exact.md").startswith('<details markdown="1"><summary>')

@@ -180,6 +180,8 @@ def prose(text, here, known=types.MappingProxyType({})):
         part = re.sub(r"`[^`\n]*\\\|[^`\n]*`", lambda m: m[0].replace("\\|", "|"), part)
         return re.sub(r"(^|.)`([\w.]+)`", code, part, flags=re.M)
 
+    # what unfolds is Markdown, too: Jupyter and GitHub need no mark for that
+    text = text.replace("<details>", '<details markdown="1">')
     return _outside(_FENCE, paragraph, text)
 
 
