@@ -191,7 +191,7 @@ class Processes(World):
         return int(x)
 
     def rounds(self, n: int) -> int:
-        return self.maximum(n) if self.shard > 1 else n
+        return self.maximum(n) if self.sharded else n
 
     def assign_rows(self, cost: Tensor, minibatch: Tensor) -> Tensor:
         return assign_rows(cost, minibatch, self.size)
@@ -205,16 +205,16 @@ class Processes(World):
         spread = layout(config, self.size)
         if spread is None:  # whole, as in a world of one
             return pretrained(config, source).to(self.device)
-        self.shard = spread.fsdp_size
+        self.sharded = True
         self.compute_dtype = torch.bfloat16 if config.model.compute == "bfloat16" else None
         return pretrained(config, source, distributed_config=spread)
 
     @property
     def loss_factor(self) -> int:
-        return self.size if self.shard > 1 else 1  # FSDP2 averages gradients over ranks
+        return self.size if self.sharded else 1  # FSDP2 averages gradients over ranks
 
     def sum_gradients(self, model: nn.Module) -> None:
-        if self.shard == 1:  # FSDP2 has summed as it went back
+        if not self.sharded:  # FSDP2 has summed as it went back
             sum_over_ranks(model.parameters())
 
     def release_gathered(self, model: nn.Module) -> None:
@@ -222,7 +222,7 @@ class Processes(World):
 
     def replica(self, model: nn.Module) -> nn.Module:
         "A model of whole tensors on this rank, for engines that compute with the model itself."
-        if self.shard == 1:
+        if not self.sharded:
             return model
         from transformers import AutoModelForCausalLM
 
@@ -240,7 +240,7 @@ class Processes(World):
 
     @torch.no_grad()
     def clip_gradient(self, model: nn.Module, limit: float) -> Tensor:
-        if self.shard == 1:
+        if not self.sharded:
             return super().clip_gradient(model, limit)
         norm = gradient_norm(model, self.messages)
         scale = limit / (norm + 1e-6)
@@ -256,7 +256,7 @@ class Processes(World):
     def save(self, model, optimizer, folder: Path) -> Callable[..., bool]:
         """Every rank writes its shards, from a copy in host memory, while training goes on. Where
         models are whole, rank 0 writes its own, as a world of one does."""
-        if self.shard == 1:
+        if not self.sharded:
             return super().save(model, optimizer, folder) if self.chief else lambda wait=False: True
         import torch.distributed.checkpoint as dcp
 
@@ -279,7 +279,7 @@ class Processes(World):
         return done
 
     def restore(self, model, optimizer, folder: Path) -> None:
-        if self.shard == 1 or (folder / "shards").is_dir():
+        if not self.sharded or (folder / "shards").is_dir():
             return super().restore(model, optimizer, folder)
         from safetensors.torch import load_file  # one process wrote it
         from torch.distributed.tensor import distribute_tensor

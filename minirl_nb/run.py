@@ -387,7 +387,7 @@ class Run:
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 computation over float32 parameters that are whole; a sharded model does this
         itself, as it gathers its layers."""
-        if self.config.model.compute == "bfloat16" and self.world.shard == 1:
+        if self.config.model.compute == "bfloat16" and not self.world.sharded:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 

@@ -176,7 +176,7 @@ class World:
     A method that returns what other ranks gave is collective: all ranks call it, in one order."""
 
     rank, size = 0, 1
-    shard = 1  # ranks that each parameter is split over; 1: a rank has the whole model
+    sharded = False  # are parameters split over ranks? Otherwise each has the whole model
     device: torch.device | None = None  # computed on; None: where the model is
     compute_dtype: torch.dtype | None = None  # that layers are gathered in; None: their own
 

@@ -2,11 +2,19 @@
 conftest.py is such a run."""
 
 import json
+import socket
 from pathlib import Path
 
 from minirl_nb.config import load_config
 
 TIMES = ("seconds/", "tokens_per_second/", "peak_memory")
+
+
+def free_port():
+    "A port of this machine that nobody listens on now."
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
 
 
 def small(folder, model, **changes):

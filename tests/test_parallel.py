@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ import pytest
 import torch
 from parallel_worker import run_case
 from safetensors.torch import load_file
+from small_runs import free_port
 
 from minirl_nb import batch, checkpoint, parallel, tasks, train
 from minirl_nb.cli import main
@@ -167,7 +167,6 @@ SHARED = {
 }
 
 
-LAYOUTS = (("shard", 1), ("expert", 2))
 RESUMED = {"one": 1, "four": 4, "two": 2}  # a run's name: the processes it goes on with
 
 
@@ -187,7 +186,7 @@ def compared(given, silent):
     work(1, [*alone, from_one(stop=3, checkpoint=True)], given.folder)
     pairs = [given(name, n, r, **more) for name, (n, r, more) in SHARED.items()]
     begun = [given(f"resumed-{k}", 4, "R3", stop=8, checkpoint=True) for k in RESUMED]
-    replicas, apart = ({"resume": True, f"parallel.{k}": n} for k, n in LAYOUTS)
+    replicas, apart = {"resume": True, "parallel.shard": 1}, {"resume": True, "parallel.expert": 2}
     spread = [
         from_one(config, stop=stop, checkpoint=True)
         for config, stop in ((replicas, 5), (apart, 8), (replicas, 10))
@@ -293,9 +292,7 @@ def silent(given):
     (folder / "cases.json").write_text(
         json.dumps([given("silent", 1, "R3", freeze=[1, 2], failed=str(folder / "failed"))])
     )
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port, processes = s.getsockname()[1], []
+    port, processes = free_port(), []
     for rank in range(2):
         env = ENVIRONMENT | {
             "RANK": str(rank),

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import socket
 import weakref
 
 import pytest
@@ -13,6 +12,7 @@ from bench.bench_routing import Peak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_families import build
+from small_runs import free_port
 from torch.overrides import _get_current_function_mode_stack
 
 from minirl_nb import routing
@@ -611,10 +611,7 @@ def _sharded(rank, port, path):
 
 
 def test_fsdp2_on_two_processes_trains_as_one_does(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_sharded, (port, tmp_path / "losses.pt"), nprocs=2)
+    mp.spawn(_sharded, (free_port(), tmp_path / "losses.pt"), nprocs=2)
     model = qwen().train()
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
     alone = []

@@ -217,11 +217,13 @@ def test_the_first_update_gives_pi_old(replay, checkpointing, tmp_path, coldstar
 @pytest.mark.parametrize("replay, updates", [("R2", 1), ("R3", 2), ("none", 1)])
 def test_a_pass_less_changes_metrics_by_rounding(replay, updates, tmp_path, coldstart, monkeypatch):
     """A rollout step with and without a pass of its own for the first mini-batch: the same metrics.
-    2e-4 of a sum of 2,000 terms of both signs, and of the k3 of FP8, is 1e-6 of its terms."""
+    5e-6 is the largest relative change in 36 runs (three seeds, two sets of kernels), with seed 0
+    none. The meter's two shares are of one, and that of the staleness may be a rounding itself."""
     from minirl_nb import train as T
 
     def rows(name):
         changes = {"objective.replay": replay, "batch.updates": updates, "steps": updates}
+        changes |= {"seed": 1}
         return T.train(small(tmp_path / name, coldstart, **changes)).steps()
 
     lean, recompute = rows("lean"), T.recompute
@@ -231,7 +233,8 @@ def test_a_pass_less_changes_metrics_by_rounding(replay, updates, tmp_path, cold
     for a, b in zip(lean, full, strict=True):
         assert a.keys() == b.keys()
         for key in [k for k in a if k != "kind" and not k.startswith(TIMES)]:
-            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-6), (a["step"], key)
+            least = 2e-5 if key in ("validity/staleness", "validity/discrepancy") else 1e-6
+            assert a[key] == pytest.approx(b[key], rel=2e-5, abs=least), (a["step"], key)
 
 
 def test_micro_batches_change_nothing_but_rounding(tmp_path, coldstart):

@@ -6,7 +6,6 @@ This file is also what the ranks run."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from small_runs import free_port
 from test_vllm import PROMPTS, ROUNDING, assert_same_function, engines, tiny  # noqa: F401 (engines is a fixture)
 
 from minirl_nb import batch
@@ -318,12 +318,6 @@ class TestColocated:
 
 
 # -------------------------------------------------------------------------------------------- apart
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 class Servers:
     "Servers as `serve_command` starts them; all end with the tests."
 

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import floors
 from outputs import directives
+from pages import notebook_cells as cells
+from pages import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PACKAGE = ROOT / "nbs", "minirl_nb"
@@ -45,11 +47,7 @@ _CODE = re.compile(r"(`+[^`]+`+)")
 # ------------------------------------------------------------------------------------- the notebooks
 def pages():
     "{stem: file} of all notebooks."
-    return {path.stem: path for path in sorted(NBS.glob("*.ipynb"))}
-
-
-def cells(path):
-    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return {path.stem: path for path in notebooks()}
 
 
 def source(cell):

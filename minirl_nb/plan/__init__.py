@@ -72,7 +72,10 @@ def _states(case: Case) -> dict[str, float]:
 
 
 def _least_activations(case: Case) -> float:
-    "Bytes of activations of the largest micro-batch, at least: as one process would compute it."
+    """Bytes of activations of the largest micro-batch, at least: as one process would compute it. 0
+    for a model of at most a billion parameters, where counting takes longer than it tells."""
+    if case.model.parameters <= 1e9:
+        return 0.0
     settings = case.config.model
     dtype = "bfloat16" if settings.compute == "bfloat16" else settings.dtype
     alone = replace(
@@ -108,8 +111,7 @@ def refuse(config: RunConfig, cluster: Cluster) -> str | None:
                 f"{cluster.host / GiB:.0f} GiB; use more nodes, or a larger parallel.shard"
             )
         terms = {}
-    if case.model.parameters > 1e9:
-        terms["activations"] = _least_activations(case)
+    terms["activations"] = _least_activations(case)
     needed = sum(terms.values()) + case.assume.context
     if needed <= cluster.memory:
         return None
@@ -140,7 +142,7 @@ def with_shards(config: RunConfig, cluster: Cluster) -> RunConfig:
     found = replace(config, parallel=replace(p, shard=1))
     case = Case.from_config(found, cluster, Assumptions())
     needed, room = sum(_states(case).values()) + case.assume.context, cluster.memory / 2
-    if needed <= room and case.model.parameters > 1e9:
+    if needed <= room:
         needed += _least_activations(case)
     return found if needed <= room else config
 

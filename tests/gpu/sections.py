@@ -2,7 +2,6 @@
 which takes a check: name, value, unit, goal, and whether the goal is met."""
 
 import os
-import socket
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -341,13 +340,10 @@ def fsdp(place: Place, note: Note) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from minirl_nb.parallel import Processes, gradient_norm
-    from tests.small_runs import small
+    from tests.small_runs import free_port, small
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     folder = Path(tempfile.mkdtemp())
     config = small(folder / "run", ROOT / "data/coldstart", **{"model.device": str(place.device)})
     with Processes(config) as world:
@@ -362,7 +358,7 @@ def fsdp(place: Place, note: Note) -> None:
         for layer in models[1].model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(models[1], mesh=mesh)
-        world.shard = 2  # one card cannot split; the world then does what it does with shards
+        world.sharded = True  # over a mesh of one card
         tokens = bench.tokens_of(models[0], 4, 32)
         routes = bench.own_routes(models[0], tokens)
         optimizers = [world.optimizer(m, config.optimizer) for m in models]
