@@ -1,6 +1,6 @@
-"""`make bench`: the table of the front page. One section: `make bench ARGS=engine`. `--json FILE`
-keeps the numbers. `limits` compares with what the machine can do; it needs some gigabytes and
-minutes, so it runs only where it is named.
+"""`make bench`: the tables of the front page. One section: `make bench ARGS=engine`. `--json FILE`
+keeps the numbers. `limits` compares with what the machine can do; it needs 8 GB and half an
+hour, so it runs only where it is named.
 
 Every comparison alternates its sides within one process and takes the best of several rounds, so
 that a busy neighbour hurts both alike. Without TRL its row is left out and says so."""
@@ -443,6 +443,18 @@ def machine():
     return f"{processor_name()}, {cores}, Python {python}, torch {torch.__version__}"
 
 
+def keep(file, rows):
+    """Write a table of these rows and this machine into a JSON file, below the tables that are
+    there; rows of sections that were run again leave theirs."""
+    tables = json.loads(file.read_text())["tables"] if file.exists() else []
+    again = {r["section"] for r in rows}
+    for table in tables:
+        table["rows"] = [r for r in table["rows"] if r["section"] not in again]
+    tables = [table for table in tables if table["rows"]]
+    tables.append({"machine": machine(), "rows": rows})
+    file.write_text(json.dumps({"tables": tables}, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -475,7 +487,7 @@ def main():
                 {"section": name, "label": label, "value": value, "unit": unit, "goal": goal}
             )
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": kept}, indent=1) + "\n")
+        keep(args.json, kept)
 
 
 if __name__ == "__main__":
