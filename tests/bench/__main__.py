@@ -1,6 +1,6 @@
-"""`make bench`: the table of the front page. One section: `make bench ARGS=engine`. `--json FILE`
-keeps the numbers. `limits` compares with what the machine can do; it needs some gigabytes and
-minutes, so it runs only where it is named.
+"""`make bench`: the tables of the front page. One section: `make bench ARGS=engine`. `--json FILE`
+keeps the numbers. `limits` compares with what the machine can do; it needs 8 GB and half an
+hour, so it runs only where it is named.
 
 Every comparison alternates its sides within one process and takes the best of several rounds, so
 that a busy neighbour hurts both alike. Without TRL its row is left out and says so."""
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -290,8 +291,9 @@ def reward(completions, completion_ids, **kw):
 from transformers import TrainerCallback
 class Clock(TrainerCallback):
     def on_step_end(self, *a, **k): marks.append(time.perf_counter())
-config = GRPOConfig(output_dir=sys.argv[1] + "/trl", per_device_train_batch_size=256, gradient_accumulation_steps=1,
-    num_generations=16, max_completion_length=int(sys.argv[3]), learning_rate=0.0,
+rows, n = int(sys.argv[5]), int(sys.argv[6])
+config = GRPOConfig(output_dir=sys.argv[1] + "/trl", per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+    num_generations=n, max_completion_length=int(sys.argv[3]), learning_rate=0.0,
     max_steps=int(sys.argv[4]), logging_steps=1000,
     save_strategy="no", report_to=[],
     temperature=1.0, beta=0.0, use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False, seed=0)
@@ -299,8 +301,68 @@ GRPOTrainer(model=model, reward_funcs=reward, args=config, processing_class=tok,
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             callbacks=[Clock()]).train()
 gaps = [b - a for a, b in zip(marks, marks[1:])]
-print(json.dumps({"seconds": min(gaps), "length": sum(lengths) / len(lengths)}))
+import resource
+print(json.dumps({"seconds": gaps, "length": sum(lengths) / len(lengths),
+                  "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
 """
+
+
+OURS = r"""
+import sys, json, resource, torch
+from minirl_nb import tasks, train
+folder, threads, limit, steps, rows, n = sys.argv[1], *map(int, sys.argv[2:])
+# odd lengths earn the reward on both sides: groups have signal, so no side can skip its update
+odd = lambda self, problems, texts: torch.tensor([float(len(t) % 2) for t in texts])
+tasks.Task.verify_many = odd
+changes = {"model.path": folder, "output.folder": folder + "/run", "output.progress": False, "threads": threads,
+    "evaluation.samples": 1, "evaluation.every": 0, "output.samples_every": 0, "output.monitor": 0,
+    "output.checkpoint_every": 0, "steps": steps, "batch.prompts": rows // n, "rollout.responses": n,
+    "batch.updates": 1, "objective.replay": "none", "rollout.fp8": "none", "rollout.max_new_tokens": limit,
+    "rollout.probe": 0, "optimizer.lr": 1e-12}
+done = train.train(train.load_config("demo", changes)).steps()
+print(json.dumps({"seconds": [r["seconds/step"] for r in done[1:]],
+                  "length": sum(r["response_length"] for r in done) / len(done),
+                  "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+"""
+
+
+def beside_trl(model, threads, rows, n, limit, steps):
+    """Seconds of each full on-policy step after the first, mean length and peak memory (GiB) of TRL
+    1.16's GRPOTrainer and of this library, one process each, one after the other: same model,
+    prompts, lengths, threads. A text where TRL fails."""
+    from minirl_nb import tasks
+
+    task = tasks.load("arithmetic")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        task.tokenizer.save_pretrained(folder)
+        prompts = json.dumps([task.prompt(p) for p in task.problems[:512]])
+        Path(folder, "prompts.json").write_text(prompts)
+        words = [folder, *map(str, (threads, limit, steps, rows, n))]
+        for name, script in (("TRL", TRL), ("ours", OURS)):
+            env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, "-c", script, *words]
+            out = subprocess.run(command, capture_output=True, text=True, env=env)
+            if out.returncode:
+                return out.stderr.strip().splitlines()[-1][:80]
+            found[name] = json.loads(out.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _trl_rows(name, found, best, goal):
+    "Rows of the table from what `beside_trl` found; `best` makes one number of the steps' seconds."
+    if isinstance(found, str):
+        return [(f"TRL 1.16 GRPOTrainer, {name}", float("nan"), found, "")]
+    theirs, ours = found["TRL"], found["ours"]
+    of = f"full step, {name}, mean length"
+    return [
+        (f"TRL 1.16 GRPOTrainer, {of} {theirs['length']:.0f}", best(theirs["seconds"]), "s", ""),
+        (f"this library, {of} {ours['length']:.0f}", best(ours["seconds"]), "s", ""),
+        (f"TRL / this library, {name}", best(theirs["seconds"]) / best(ours["seconds"]), "x", goal),
+        (f"peak memory of TRL, {name}", theirs["memory"], "GiB", ""),
+        (f"peak memory of this library, {name}", ours["memory"], "GiB", ""),
+    ]
 
 
 def trl(rounds):
@@ -308,63 +370,12 @@ def trl(rounds):
     GRPOTrainer: same model, prompts, lengths."""
     if importlib.util.find_spec("trl") is None:
         return [("TRL 1.16 GRPOTrainer", float("nan"), "TRL is not installed", "")]
-    from minirl_nb import tasks
-
-    task = tasks.load("arithmetic")
-    with tempfile.TemporaryDirectory() as d:
-        # random weights whose end token comes about every 25 tokens
-        model = bench_model()
-        with torch.no_grad():
-            model.lm_head.weight.mul_(0.1)
-        model.save_pretrained(d)
-        task.tokenizer.save_pretrained(d)
-        Path(d, "prompts.json").write_text(
-            json.dumps([task.prompt(p) for p in task.problems[:512]])
-        )
-        out = subprocess.run(
-            [sys.executable, "-c", TRL, d, str(THREADS), "64", str(2 + 2 * rounds)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(THREADS)},
-        )
-        if out.returncode:
-            return [
-                ("TRL 1.16 GRPOTrainer", float("nan"), out.stderr.strip().splitlines()[-1][:80], "")
-            ]
-        theirs = json.loads(out.stdout.strip().splitlines()[-1])
-        # odd lengths earn the reward on both sides: groups have signal, so no side can skip its update
-        tasks.Task.verify_many = lambda self, problems, texts: torch.tensor(
-            [float(len(t) % 2) for t in texts]
-        )
-        rows = train_run(
-            Path(d) / "run",
-            **{
-                "model.path": d,
-                "steps": 2 + 2 * rounds,
-                "batch.updates": 1,
-                "objective.replay": "none",
-                "rollout.fp8": "none",
-                "rollout.max_new_tokens": 64,
-                "output.monitor": 0,
-                "rollout.probe": 0,
-                "output.checkpoint_every": 0,
-                "optimizer.lr": 1e-12,
-            },
-        ).steps()
-    ours, length = (
-        min(r["seconds/step"] for r in rows),
-        sum(r["response_length"] for r in rows) / len(rows),
-    )
-    return [
-        (
-            f"TRL 1.16 GRPOTrainer, full step, mean length {theirs['length']:.0f}",
-            theirs["seconds"],
-            "s",
-            "",
-        ),
-        (f"this library, full step, mean length {length:.0f}", ours, "s", ""),
-        ("ratio", theirs["seconds"] / ours, "x", ">= 3"),
-    ]
+    # random weights whose end token comes about every 25 tokens
+    model = bench_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)
+    found = beside_trl(model, THREADS, 256, 16, 64, 2 + 2 * rounds)
+    return _trl_rows("toy", found, min, ">= 2")
 
 
 def policy(rounds):
@@ -407,9 +418,16 @@ def verifier(rounds):
 def limits(rounds, layers=30):
     """Training, decoding and what is added to them, each as a share of a limit measured here: a
     mixture of the pretrained mixture's shape, random weights."""
-    from tests.bench import bench_limits
+    from tests.bench import bench_limits as bench
 
-    return bench_limits.limits(max(5, rounds), layers)
+    yield from bench.limits(max(5, rounds), layers)
+    if importlib.util.find_spec("trl") is None:
+        return
+    # no response ends before the limit: equal lengths favour `generate`
+    sizes, threads = bench.MIXTURE | {"eos_token_id": 15}, torch.get_num_threads()
+    model = bench.random_model(sizes, layers, torch.device("cpu"), torch.float32)
+    found = beside_trl(model, threads, 32, 8, 32, 1 + max(5, rounds))
+    yield from _trl_rows("mixture", found, statistics.median, ">= 1.3")
 
 
 SECTIONS = {f.__name__: f for f in (engine, formats, step, replay, padding, trl, policy, verifier)}
@@ -423,6 +441,18 @@ def machine():
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} used"
     return f"{processor_name()}, {cores}, Python {python}, torch {torch.__version__}"
+
+
+def keep(file, rows):
+    """Write a table of these rows and this machine into a JSON file, below the tables that are
+    there; rows of sections that were run again leave theirs."""
+    tables = json.loads(file.read_text())["tables"] if file.exists() else []
+    again = {r["section"] for r in rows}
+    for table in tables:
+        table["rows"] = [r for r in table["rows"] if r["section"] not in again]
+    tables = [table for table in tables if table["rows"]]
+    tables.append({"machine": machine(), "rows": rows})
+    file.write_text(json.dumps({"tables": tables}, indent=1) + "\n")
 
 
 def main():
@@ -457,7 +487,7 @@ def main():
                 {"section": name, "label": label, "value": value, "unit": unit, "goal": goal}
             )
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": kept}, indent=1) + "\n")
+        keep(args.json, kept)
 
 
 if __name__ == "__main__":
