@@ -18,7 +18,10 @@ os.environ |= dict(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", VLLM_CPU
 os.environ |= dict(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 os.environ |= dict(TORCH_COMPILE_DISABLE="1")
 
+from functools import partial
+
 import torch
+from trl.generation import vllm_generation
 from trl_runs import Watched, trainer
 
 from minirl_nb import objective
@@ -26,6 +29,8 @@ from minirl_nb import objective
 
 def main(model_folder, folder, repaired):
     torch.set_num_threads(1)
+    # TRL gives no type, and vLLM takes bfloat16 for a float32 model; float32 is the control
+    vllm_generation.LLM = partial(vllm_generation.LLM, dtype="float32")
     options = dict(replay="R3", objective=objective.MINIRL, monitor=4)
     settings = dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64)
     settings |= dict(gradient_accumulation_steps=2, steps_per_generation=4, max_steps=4)
