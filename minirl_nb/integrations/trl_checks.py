@@ -124,8 +124,8 @@ def routes_problem(trainer, mode: str, from_rollout: bool) -> str | None:
         return None
     if trainer.use_vllm and (args.vllm_mode != "colocate" or args.vllm_tensor_parallel_size > 1):
         return (
-            "R3 needs the engine's routes, which TRL's client of a vLLM server drops, and which are "
-            "not sorted by process where processes share a vLLM: set vllm_mode = 'colocate' and "
+            "R3 needs the engine's routes, which TRL's client of a vLLM server drops, and which "
+            "are not sorted by process where processes share a vLLM: set vllm_mode = 'colocate', "
             "vllm_tensor_parallel_size = 1, give MiniRL an engine, or a rollout_func that returns "
             "routed_experts"
         )
