@@ -16,8 +16,8 @@ page `02_weights`; the two combine freely.
 
 # %% auto #0
 __all__ = ['Measure', 'Anchor', 'Over', 'Side', 'DPPO_TV_REGION', 'DPPO_KL_REGION',
-           'TRM_MAX_REGION', 'TRM_MEAN_REGION', 'OPSM_REGION', 'CTPO_REGION', 'displacement',
-           'TrustRegion', 'Together']
+           'TRM_MAX_REGION', 'TRM_MEAN_REGION', 'OPSM_REGION', 'CTPO_REGION', 'CTPO_GROWN_REGION',
+           'CTPO_REGIONS', 'displacement', 'TrustRegion', 'Together']
 
 # %% ../nbs/02c_trust_region.ipynb #b972b009
 from dataclasses import dataclass
@@ -198,3 +198,7 @@ TRM_MAX_REGION = TrustRegion(0.05, 0.05, measure="k2", anchor="mu", over="max", 
 TRM_MEAN_REGION = TrustRegion(1e-3, 1e-3, measure="k3", anchor="mu", over="mean", side="any")
 OPSM_REGION = TrustRegion(0.1, torch.inf, measure="log_ratio", anchor="mu", over="mean")
 CTPO_REGION = TrustRegion(0.025, 0.05, measure="log_ratio", over="prefix", growth=0.5)
+CTPO_GROWN_REGION = TrustRegion(
+    torch.inf, 0.05, measure="log_ratio", over="prefix", side="negative", growth=0.5
+)
+CTPO_REGIONS = Together((CTPO_REGION, CTPO_GROWN_REGION))

@@ -1,6 +1,10 @@
 """Watching generation, bugs that others had, and transformers' own recipe for replay."""
 
 import copy
+import re
+import subprocess
+import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from minirl_nb.batch import Ragged, Rollout
 from minirl_nb.integrations.generation import Sampled, place_routes, watch_generation
 from minirl_nb.policy import token_logprobs
 from minirl_nb.routing import compare, read_routes, record, replay
+from minirl_nb.vllm.requests import EngineError, RouterPlaces
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [20, 21, 22]]
 B, T, K = 3, 9, 2
@@ -49,6 +54,21 @@ def generated(model, temperature=1.0, **more):
         )
     rows = [row[P:].tolist() for row in out]
     return seen, [c[: c.index(1) + 1] if 1 in c else c for c in rows]
+
+
+def test_only_the_extra_pulls_in_trl_and_nothing_imports_it():
+    required = metadata.requires("minirl_nb")
+    names = {r: re.match(r"[\w-]+", r)[0] for r in required}
+    assert [r for r in required if names[r] == "trl" and "extra" not in r] == []
+    assert {names[r] for r in required if 'extra == "trl"' in r.replace("'", '"')} == {"trl"}
+    code = """
+import sys
+
+sys.modules["trl"] = sys.modules["vllm"] = None
+import minirl_nb.train
+from minirl_nb.integrations import trl, trl_checks, trl_vllm, verl
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 # ------------------------------------------------------------------------- watching generation
@@ -123,6 +143,23 @@ def test_routes_of_a_multi_token_prediction_layer_are_no_routes_of_the_backbone(
     one = given(model)[0]
     with pytest.raises(ValueError, match=r"must be \[8 or 9, L, K\] with L = 2 routers"):
         read_routes(torch.cat([one, one[:, :1]], 1), T, experts)
+
+
+def test_a_multi_token_prediction_layer_behind_the_backbone_moves_nothing():
+    "An engine that numbers all layers: dense layer 1 and the prediction layer 3 are left out."
+    model = model_of(num_hidden_layers=3, mlp_only_layers=[1])
+    places = RouterPlaces.from_model(model)
+    with torch.no_grad(), record(model) as live:
+        model(tokens())
+        routes = live.pop(B)
+    numbered = torch.zeros(B, T - 1, 4, K, dtype=torch.uint8)
+    numbered[:, :, [0, 2]] = routes[:, :-1]
+    numbered[:, :, 3] = torch.tensor([3, 2], dtype=torch.uint8)
+    for b in range(B):
+        taken, valid = places.take(b, numbered[b].numpy(), T)
+        assert torch.equal(taken[:-1], routes[b, :-1]) and valid.sum() == T - 1
+    with pytest.raises(EngineError, match="more than 2 layers"):
+        places.take(0, numbered[0, :, :2].numpy(), T)
 
 
 def test_dense_layers_take_no_slot():

@@ -38,7 +38,7 @@ from minirl_nb.objective import (
     equal_groups,
     group_advantage,
 )
-from minirl_nb.trust import CTPO_REGION, TRM_MEAN_REGION
+from minirl_nb.trust import CTPO_REGIONS, TRM_MEAN_REGION
 from minirl_nb.weights import MIS, TIS, Clamp, Gamma, Geometric, IcePop
 
 EPS = torch.finfo(torch.float64).eps
@@ -226,6 +226,26 @@ def test_truncated_discrepancy_is_the_literatures_form(b):
         torch.testing.assert_close(-ours, logp.grad, rtol=1e-12, atol=1e-14)
 
 
+@PROPERTY
+@given(batches)
+def test_ctpos_two_clips_have_the_gradient_of_its_min_and_max(b):
+    """2605.07331 as its code has it: PPO's min around the product of ratios up to the token, and a
+    second clip for A < 0. The earlier tokens' ratios carry no gradient."""
+    b = replace(b, logp_old=b.logp_mu)
+    logp, total = b.logp.clone().requires_grad_(), torch.zeros((), dtype=torch.float64)
+    for i, a in enumerate(b.advantage.tolist()):
+        earlier = 0.0
+        for k, t in enumerate(tokens_of(b, i), start=1):
+            ratio = (earlier + logp[i, t] - b.logp_mu[i, t]).exp()
+            earlier += float(b.logp[i, t] - b.logp_mu[i, t])
+            low, high, most = (math.exp(c * k**0.5) for c in (-0.025, 0.05, 0.05))
+            cost = torch.maximum(-a * ratio, -a * ratio.clamp(low, high))
+            total = total + (cost.clamp(max=-a * most) if a < 0 else cost)
+    (total / len(logp) + 0 * logp.sum()).backward()
+    ours = loss_and_grad(Objective(weight="prefix", truncation=None, clip=CTPO_REGIONS), b)[1]
+    torch.testing.assert_close(ours, logp.grad, rtol=1e-12, atol=1e-14)
+
+
 # ------------------------------------------------------------ invariances
 MANY = [
     *PRESETS.values(),
@@ -235,7 +255,7 @@ MANY = [
     Objective(truncation=Geometric(0.8, 1.2), normalizer="tokens"),
     Objective(weight="none", truncation=None, clip=None),
     Objective(weight="sequence", truncation=TIS(), truncation_of="discrepancy"),
-    Objective(weight="prefix", truncation=None, clip=CTPO_REGION),
+    Objective(weight="prefix", truncation=None, clip=CTPO_REGIONS),
     Objective(weight="prefix", truncation=Gamma(), clip=TRM_MEAN_REGION),
 ]
 
@@ -565,7 +585,7 @@ def test_rejection_and_weighting_combine_freely(b, weight):
     "The mask drops tokens and leaves the weights of the others, and other masks, as they are."
     plain = Objective(weight=weight, truncation=None, clip=None)
     _, free = loss_and_grad(plain, b)
-    for region in (CTPO_REGION, TRM_MEAN_REGION, DPPO_TV.clip, OPSM.clip, MINIRL.clip):
+    for region in (CTPO_REGIONS, TRM_MEAN_REGION, DPPO_TV.clip, OPSM.clip, MINIRL.clip):
         keep, _, _ = region(**b.named())
         _, g = loss_and_grad(replace(plain, clip=region), b)
         assert torch.equal(g, torch.where(keep, free, 0.0))

@@ -351,7 +351,7 @@ def test_every_import_of_the_package_is_required():
     config = ConfigParser(delimiters=["="], interpolation=None)
     config.read(ROOT / "settings.ini")
     optional = {"vllm", "reasoning-gym", "tensorboard", "wandb", "trackio", "bokeh", "minirl-nb"}
-    optional |= {"verl"}
+    optional |= {"verl", "trl"}
     # two come with math-verify and one with datasets; a notebook, where IPython is used, brings it
     optional |= {"antlr4", "sympy", "requests", "IPython"}
     names = {"yaml": "pyyaml"}

@@ -129,28 +129,34 @@ def test_trl_makes_the_loss_gradient_and_routes_of_the_own_loop(case, moe_folder
     options = dict(objective=objective.MINIRL, replay=changes.pop("replay"))
     options |= {"engine": changes.pop("engine")} if "engine" in changes else {}
     t = done(moe_folder, tmp_path, options, temperature=0.8, **TWO_STEPS | changes)
+    assert_own_loop(t, t.seen, moe_folder, tmp_path / "own")
+
+
+def assert_own_loop(t, seen, model_folder, folder):
+    "The micro-batches `seen` of one generation, used for two gradient steps, against `train`."
+    mode = t.replay_mode
     own = small(
-        tmp_path / "own",
-        moe_folder,
+        folder,
+        model_folder,
         **{
-            "objective.replay": options["replay"],
-            "model.gradient_checkpointing": changes.get("gradient_checkpointing", False),
-            "rollout.temperature": 0.8,
+            "objective.replay": mode,
+            "model.gradient_checkpointing": t.args.gradient_checkpointing,
+            "rollout.temperature": t.temperature,
             "output.monitor": 0,
         },
     )
-    padded = [m["inputs"]["prompt_mask"] for m in t.seen]
+    padded = [m["inputs"]["prompt_mask"] for m in seen]
     assert any((~mask.bool()).any() for mask in padded), "no prompt is padded: nothing is tested"
     run = train.Run(own)
-    compared = list(own_steps(run, t.seen, 2, steps=2))
-    assert len(compared) == len(t.seen) // 2 >= 2
+    compared = list(own_steps(run, seen, 2, steps=2))
+    assert len(compared) == len(seen) // 2 >= 2
     moved = 0.0
     for loss, gradients, _, part in compared:
         theirs = sum(float(m["loss"]) for m in part)
         assert loss == pytest.approx(theirs, abs=2e-5)
         assert off(gradients, part[-1]["gradients"]) < 2e-5
         for m in part:
-            if options["replay"] != "none":
+            if mode != "none":
                 x = m["inputs"]
                 attended = torch.cat([x["prompt_mask"], x["completion_mask"]], 1).bool()
                 valid = x["replayed_valid"] & attended
@@ -169,7 +175,7 @@ def test_trl_makes_the_loss_gradient_and_routes_of_the_own_loop(case, moe_folder
         ]
     )
     assert (ours - theirs).abs().max() < 2e-5
-    if options["replay"] == "R2":
+    if mode == "R2":
         recorded, _ = as_rollout(both)
         assert torch.equal(step.rollout.routes.values, recorded.routes.values)
 
@@ -314,6 +320,34 @@ def test_a_rollout_func_may_return_routes(moe_folder, tmp_path):
     assert logs(t)[0]["minirl/discrepancy/k3"] > 1e-6  # FP8
 
 
+@pytest.mark.parametrize("fault", ["zeros", "one row for all", "an expert too many"])
+def test_wrong_routes_of_a_rollout_func_do_not_run(fault, moe_folder, tmp_path):
+    "NeMo-RL #3327: a path that replayed what nobody had recorded. 96 tokens: enough to see a repeat."
+    prompts = [[5, 6, 7], [8, 9]]
+    completions = [[3 + (i * i) % 11 for i in range(96 - len(p))] for p in prompts]
+    g = torch.Generator().manual_seed(0)
+    right = [torch.rand(95, 2, 8, generator=g).topk(2).indices for _ in prompts]
+    wrong = [x.clone() for x in right]
+    if fault == "zeros":
+        wrong[1][:] = 0
+    elif fault == "one row for all":
+        wrong[1][:] = wrong[1][0]
+    else:
+        wrong[1][40, 1, 0] = 8
+
+    def answer(routes):
+        kept = dict(prompt_ids=prompts, completion_ids=completions, routed_experts=routes)
+        options = dict(replay="R3", objective=objective.MINIRL, rollout_func=lambda *given: kept)
+        t = trainer(moe_folder, tmp_path / "trl", options=options)
+        t.rollout_func(["a", "b"], t)
+        return t._sampled
+
+    sampled = answer(right)
+    assert torch.equal(sampled.routes[1], right[1].to(torch.uint8)) and sampled.logp is None
+    with pytest.raises(ValueError, match=r"routes\["):
+        answer(wrong)
+
+
 def test_truncated_completions_are_masked(moe_folder, tmp_path):
     options = dict(replay="R3", objective=objective.MINIRL)
     t = done(
@@ -429,7 +463,7 @@ def test_settings_that_contradict_are_refused_in_a_sentence(sentence, moe_folder
 
 
 def test_routes_that_nobody_gives_are_refused():
-    args = types.SimpleNamespace(beta=0.1)
+    args = types.SimpleNamespace(beta=0.1, vllm_mode="server", vllm_tensor_parallel_size=1)
     t = types.SimpleNamespace(
         args=args,
         model=types.SimpleNamespace(),
@@ -438,7 +472,11 @@ def test_routes_that_nobody_gives_are_refused():
         use_transformers_continuous_batching=False,
         environment_factories=None,
     )
-    assert "TRL's vLLM drops" in routes_problem(t, "R3", False)
+    assert "client of a vLLM server drops" in routes_problem(t, "R3", False)
+    args.vllm_mode, args.vllm_tensor_parallel_size = "colocate", 2
+    assert "vllm_tensor_parallel_size = 1" in routes_problem(t, "R3", False)
+    args.vllm_tensor_parallel_size = 1  # one process, one vLLM: its routes can be listened to
+    assert routes_problem(t, "R3", False) is None
     assert routes_problem(t, "R3", True) is None
     assert routes_problem(t, "R2", False) is None
     t.model.peft_config = {}

@@ -5,11 +5,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_batches import PROPERTY, batches, make
-from textbook_masks import ctpo, dppo_kl, dppo_tv, gspo, minirl, opsm, trm_max, trm_mean
+from textbook_masks import (
+    ctpo,
+    ctpo_grown,
+    dppo_kl,
+    dppo_tv,
+    gspo,
+    minirl,
+    opsm,
+    trm_max,
+    trm_mean,
+)
 
 from minirl_nb.clipping import Clip
 from minirl_nb.trust import (
+    CTPO_GROWN_REGION,
     CTPO_REGION,
+    CTPO_REGIONS,
     DPPO_KL_REGION,
     DPPO_TV_REGION,
     OPSM_REGION,
@@ -35,6 +47,8 @@ TEXTBOOK = {
     "trm_mean": (TRM_MEAN_REGION, trm_mean),
     "opsm": (OPSM_REGION, opsm),
     "ctpo": (CTPO_REGION, ctpo),
+    "ctpo, grown": (CTPO_GROWN_REGION, ctpo_grown),
+    "ctpo, both": (CTPO_REGIONS, lambda b: ctpo(b) | ctpo_grown(b)),
 }
 
 

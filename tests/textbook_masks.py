@@ -97,15 +97,28 @@ def opsm(b):
     )
 
 
-def ctpo(b):
-    "2605.07331: the log of the product of pi/old up to t, against bounds that grow with sqrt(t)."
-    gone = set()
+def products(b):
+    "(response, token, position from 1, product of pi/old up to it, A) of every token."
     for i in range(len(b.logp)):
-        product, a = 1.0, float(b.advantage[i])
+        product = 1.0
         for k, t in enumerate(tokens_of(b, i), start=1):
             pi, old, _ = probabilities(b, i, t)
             product *= pi / old
-            high, low = math.exp(0.05 * k**0.5), math.exp(-0.025 * k**0.5)
-            if a > 0 and product > high or a < 0 and product < low:
-                gone.add((i, t))
+            yield i, t, k, product, float(b.advantage[i])
+
+
+def ctpo(b):
+    "2605.07331: the log of the product of pi/old up to t, against bounds that grow with sqrt(t)."
+    gone = set()
+    for i, t, k, product, a in products(b):
+        high, low = math.exp(0.05 * k**0.5), math.exp(-0.025 * k**0.5)
+        if a > 0 and product > high or a < 0 and product < low:
+            gone.add((i, t))
     return gone
+
+
+def ctpo_grown(b):
+    "Its second clip: A < 0, and a product that has grown beyond a bound."
+    return {
+        (i, t) for i, t, k, product, a in products(b) if a < 0 and product > math.exp(k**0.5 / 20)
+    }

@@ -18,13 +18,13 @@ __all__ = ['MiniRL']
 import contextlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch import Ragged
 from .generation import Sampled, place_routes, watch_generation
 from minirl_nb.integrations.trl_checks import (
     check_version,
@@ -32,9 +32,10 @@ from minirl_nb.integrations.trl_checks import (
     routes_problem,
     sampling_problem,
 )
+from .trl_vllm import OwnVLLM, as_rollout, of_rollout
 from ..objective import Objective
 from ..rollout import Engine, Sampling
-from ..routing import Replay, compare, read_routes, record, replay, resolve, routers
+from ..routing import Replay, check, compare, record, replay, resolve, routers
 from ..validity import shift_warning, validity
 from ..weights import diagnostics
 
@@ -79,6 +80,10 @@ class _Sampler:
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self._engine is not None:
             return self._sample(prompt_ids)
+        if self._own_vllm.llm is not None:
+            found = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            self._sampled = self._own_vllm.sampled(self.accelerator.unwrap_model(self.model))
+            return found
         if not (self.minirl_active and self._watches()):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
@@ -102,16 +107,14 @@ class _Sampler:
         self._engine.wake()
         r = self._engine.generate(prompts[::n], sampling)
         self._engine.sleep()
-        rows = [slice(a, b) for a, b in zip(r.prompt_length.tolist(), r.length.tolist())]
-        logp = [x[at].tolist() for x, at in zip(r.logp_mu, rows)]
-        routes = valid = None
-        if r.routes is not None:
-            fed = r.length - 1
-            dense = isinstance(r.routes, Tensor)
-            padded = r.routes if dense else r.routes.padded(r.tokens.shape[1])
-            routes, valid = Ragged.pack(padded, fed), Ragged.pack(r.routes_valid, fed)
-        self._sampled = Sampled(r.prompt_length, logp, routes, valid)
-        return [x[at].tolist() for x, at in zip(r.tokens, rows)], logp
+        self._sampled = of_rollout(r)
+        rows = zip(r.tokens, r.prompt_length.tolist(), r.length.tolist())
+        return [x[start:end].tolist() for x, start, end in rows], self._sampled.logp
+
+    def close_engine(self) -> None:
+        "Give back what the engine holds, processes and memory included. It cannot sample any more."
+        if self._engine is not None:
+            self._engine.close()
 
     def _with_routes(self, rollout_func: Callable) -> Callable:
         "The user's function, whose `routed_experts` are kept here."
@@ -120,16 +123,9 @@ class _Sampler:
             output = dict(rollout_func(prompts, trainer))
             given = output.pop("routed_experts", None)
             if given is not None:
-                experts = [r.experts for r in routers(self.model).values()]
-                sizes = [len(p) for p in output["prompt_ids"]]
-                rows = [
-                    read_routes(torch.as_tensor(x), n + len(c), experts)
-                    for x, n, c in zip(given, sizes, output["completion_ids"])
-                ]
-                length = torch.tensor([len(x) - 1 for x, _ in rows])
-                routes = Ragged(torch.cat([x[:-1] for x, _ in rows]), length)
-                valid = Ragged(torch.cat([v[:-1] for _, v in rows]), length)
-                self._sampled = Sampled(torch.tensor(sizes), None, routes, valid)
+                r = as_rollout(self.model, given, output["prompt_ids"], output["completion_ids"])
+                check(self.model, r)
+                self._sampled = replace(of_rollout(r), logp=None)  # TRL keeps the user's own
             return output
 
         return called
@@ -286,7 +282,11 @@ class MiniRL(_Replayer):
     ):
         check_version(next(c for c in type(self).__mro__ if not issubclass(c, _Sampler)))
         self.objective, self.measure, self.monitor = objective, measure, monitor
-        super().__init__(*args, **kwargs)
+        self._own_vllm = OwnVLLM()
+        asked = self._own_vllm.asked_for() if replay in ("R3", "auto") else contextlib.nullcontext()
+        with asked:
+            super().__init__(*args, **kwargs)
+        self._own_vllm.repair(self)
         self._start_sampler(engine)
         self._start_replayer(replay)
         self.minirl_active = measure or objective is not None or self.replay_mode != "none"

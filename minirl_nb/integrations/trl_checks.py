@@ -2,7 +2,7 @@
 or a distribution which the objective replaces or assumes, is refused in one sentence before
 anything is computed. Refuted by a run that starts with one of them and ignores it.
 
-The class of the next page stands on private methods of TRL and takes the place of its loss. This
+The class of page 18a_trl stands on private methods of TRL and takes the place of its loss. This
 page holds the questions that it asks first. They look at names and settings alone, so nothing here
 imports TRL.
 """
@@ -122,10 +122,12 @@ def routes_problem(trainer, mode: str, from_rollout: bool) -> str | None:
         )
     if mode != "R3" or from_rollout:
         return None
-    if trainer.use_vllm:
+    if trainer.use_vllm and (args.vllm_mode != "colocate" or args.vllm_tensor_parallel_size > 1):
         return (
-            "R3 needs the engine's routes, which TRL's vLLM drops: give MiniRL an engine, or a "
-            "rollout_func that returns routed_experts"
+            "R3 needs the engine's routes, which TRL's client of a vLLM server drops, and which "
+            "are not sorted by process where processes share a vLLM: set vllm_mode = 'colocate', "
+            "vllm_tensor_parallel_size = 1, give MiniRL an engine, or a rollout_func that returns "
+            "routed_experts"
         )
     if trainer.use_transformers_continuous_batching:
         return "R3 needs routes by sequence; continuous batching mixes sequences in one forward"
