@@ -1,7 +1,8 @@
 """What a test run leaves behind: files in its own temporary folder, and processes that outlive it.
 
 A run gets a folder of its own as TMPDIR. Every process that it starts inherits the variable, also
-through torchrun and after its parent has gone, and is found by it.
+through torchrun and after its parent has gone, and is found by it. A fork shows the variables with
+which its parent began; a page is a fork, so its own forks are found by the session that it leads.
 """
 
 import os
@@ -13,12 +14,14 @@ import psutil
 PATIENCE = 10  # seconds that a process may take to end after its parent
 
 
-def processes(folder, but=()):
-    """Living processes whose TMPDIR is `folder` or lies in it; not those in `but`, nor this one."""
+def processes(folder, but=(), session=None):
+    """Living processes whose TMPDIR is `folder` or lies in it, and those of a session; not those in
+    `but`, nor this one."""
     found = []
     for process in psutil.process_iter():
         try:
             inside = Path(process.environ().get("TMPDIR", "/")).is_relative_to(folder)
+            inside = inside or os.getsid(process.pid) == session
             alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             continue
@@ -41,10 +44,10 @@ def files(folder, but=()):
     return sorted(p.name for p in Path(folder).iterdir() if p.name not in but)
 
 
-def tidy(folder, but=(), patience=PATIENCE):
+def tidy(folder, but=(), patience=PATIENCE, session=None):
     """Sentences about what was left behind in `folder` and by its processes, which are ended."""
     end = time.time() + patience
-    while (alive := processes(folder)) and time.time() < end:
+    while (alive := processes(folder, session=session)) and time.time() < end:
         time.sleep(0.2)
     said = [described(process) for process in alive]
     for process in alive:

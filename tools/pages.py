@@ -17,6 +17,7 @@ stderr and pictures are never compared.
 """
 
 import argparse
+import atexit
 import copy
 import fcntl
 import hashlib
@@ -24,13 +25,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import leftovers
@@ -48,10 +53,18 @@ PAGE_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONHASHSEED": "0",
     "MPLBACKEND": "agg",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # of pyarrow; a fork would lose the thread
     "PYTHONWARNINGS": "ignore::DeprecationWarning",
     "TORCHINDUCTOR_CACHE_DIR": str(PROC / "inductor"),  # torch's default is the temporary folder
     "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # they lie there in any case
 }
+# What takes seconds to import and what many pages import. The process that starts the pages imports
+# it once, and pages are forks of that process. Nothing of this package is among it.
+LIBRARIES = """
+    nbdev.test execnb.nbio torch torch._dynamo torch.distributed.fsdp torch.distributed.checkpoint
+    torch.distributed.tensor transformers accelerate datasets pandas scipy.stats seaborn
+    matplotlib.pyplot matplotlib_inline.backend_inline sympy tyro
+""".split()
 # Pages whose numbers cannot hang on a processor's kernels, and why; `run --numerics` skips them
 NO_NUMERICS = {
     "04c_ragged": "indices and bytes",
@@ -380,6 +393,54 @@ def readme(check):
 
 
 # ---------------------------------------------------------------------------------------------- run
+def _with_page_environment():
+    """Begin anew with the environment of pages: libraries read much of it when they are imported,
+    Python its own part when it starts."""
+    if any(os.environ.get(name) != value for name, value in PAGE_ENVIRONMENT.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | PAGE_ENVIRONMENT)
+
+
+def _import_libraries():
+    """Import what pages import, before the first fork.
+
+    Nothing is computed here, because a fork keeps memory and loses threads. Apple's libraries do
+    not survive a fork, so on macOS each page imports for itself.
+    """
+    if sys.platform == "darwin":
+        return
+    for name in LIBRARIES:
+        import_module(name)
+    threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    if len(threads) > 1:
+        sys.exit(f"a page cannot be a fork of a process with threads: {', '.join(threads)}")
+
+
+def _fork(path, result, folder):
+    """Number of a new process that runs one page and has `folder` as its temporary folder.
+
+    It leads a session of its own, by which its descendants are found.
+    """
+    sys.stdout.flush()
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        os.setsid()
+        log = os.open(result.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
+        status = _execute_here(path, result)
+    except BaseException:
+        traceback.print_exc()
+    finally:  # the end of a process, without what the parent has yet to do
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _execute_here(path, result):
     """Run one page in this process by nbdev's own test; `result` gets it with its new outputs."""
     os.chdir(ROOT)
@@ -401,15 +462,14 @@ def _execute_here(path, result):
         for f in get_config().tst_flags.split()
         if f not in os.environ.get("PAGES_FLAGS", "").split()
     ]
-    ok, seconds = nbdev.test.test_nb(path, skip_flags=skip, basepath=ROOT)
+    ok, _ = nbdev.test.test_nb(path, skip_flags=skip, basepath=ROOT)
     ran = json.loads(nb2str(kept[0]))["cells"] if kept else []
     fresh = {c["id"]: c.get("outputs", []) for c in ran if c["cell_type"] == "code"}
     for cell in raw["cells"]:
         if cell["cell_type"] == "code" and not directives(cell) & set(skip):
             cell["outputs"] = fresh.get(cell["id"], [])
     result.write_text(cleaned(json.dumps(raw)), encoding="utf-8")
-    result.with_suffix(".seconds").write_text(f"{seconds:.1f}")
-    sys.exit(0 if ok else 1)
+    return 0 if ok else 1
 
 
 def compare(stored, fresh):
@@ -441,46 +501,51 @@ class _Running:
     path: Path
     result: Path  # where the notebook with fresh outputs will be
     folder: Path
-    process: subprocess.Popen
+    process: int
     started: float
+    status: int | None = None  # the exit status, when the process has ended
 
     @classmethod
     def start(cls, path, work):
         result, folder = work / path.name, Path(tempfile.mkdtemp(prefix="page-"))
-        env = os.environ | PAGE_ENVIRONMENT | {"TMPDIR": str(folder)}
-        words = [sys.executable, __file__, "_execute", str(path), str(result)]
-        with open(result.with_suffix(".out"), "w") as log:
-            process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
-        return cls(path, result, folder, process, time.time())
+        return cls(path, result, folder, _fork(path, result, folder), time.time())
 
     def ended(self):
-        return self.process.poll() is not None or self.seconds() > PAGE_TIMEOUT
+        if self.status is None:
+            process, status = os.waitpid(self.process, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if process else None
+        return self.status is not None or self.seconds() > PAGE_TIMEOUT
 
     def seconds(self):
         return time.time() - self.started
 
+    def kill(self):
+        os.kill(self.process, signal.SIGKILL)
+        self.status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
     def problems(self, write):
         """What is wrong with a page that ended; with `write`, its outputs are stored."""
         found = []
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        if self.status is None:
+            self.kill()
             found.append(f"still running after {PAGE_TIMEOUT} s")
-        if self.process.returncode:
-            found.append(self.result.with_suffix(".out").read_text()[-6000:])
+        if self.status:
+            printed = self.result.with_suffix(".out").read_text()[-6000:]
+            found.append(f"exit status {self.status}\n{printed}")
         elif write:
             self.path.write_text(self.result.read_text(encoding="utf-8"), encoding="utf-8")
         else:
             stored, fresh = (json.loads(p.read_text()) for p in (self.path, self.result))
             found += compare(stored, fresh)
-        found += [f"left behind, {said}" for said in leftovers.tidy(self.folder)]
+        left = leftovers.tidy(self.folder, session=self.process)
+        found += [f"left behind, {said}" for said in left]
         shutil.rmtree(self.folder, ignore_errors=True)
         return found
 
     def stop(self):
-        self.process.kill()
-        self.process.wait()
-        leftovers.tidy(self.folder, patience=0)
+        if self.status is None:
+            self.kill()
+        leftovers.tidy(self.folder, session=self.process, patience=0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -495,6 +560,7 @@ def run(names, jobs, write=False, keep_seconds=False):
     known = seconds_of_pages()
     queue = sorted(notebooks(names), key=lambda p: -known.get(p.stem, PAGE_TIMEOUT))
     count, running, failed, measured, started = len(queue), [], [], {}, time.time()
+    _import_libraries()
     try:
         while queue or running:
             while queue and len(running) < jobs:
@@ -603,9 +669,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "command", choices=["clean", "export", "readme", "run", "text", "build", "_execute"]
-    )
+    parser.add_argument("command", choices=["clean", "export", "readme", "run", "text", "build"])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
@@ -624,6 +688,8 @@ def main():
     names = [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names]
     if args.flags:
         os.environ["PAGES_FLAGS"] = args.flags
+    if args.command in ("run", "build"):
+        _with_page_environment()
     if args.command == "clean":
         clean(names, args.check)
     elif args.command == "export":
@@ -638,10 +704,8 @@ def main():
     elif args.command == "text":
         for name in names:
             to_text(name)
-    elif args.command == "build":
-        build(names, args.jobs)
     else:
-        _execute_here(Path(args.names[0]), Path(args.names[1]))
+        build(names, args.jobs)
 
 
 if __name__ == "__main__":
