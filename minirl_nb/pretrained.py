@@ -4,7 +4,7 @@ checked by SHA-256 before anything reads it. One changed byte that passes makes 
 
 The models of the other pages are real classes with toy weights. Some questions need a pretrained
 model: one that is deep, has a vocabulary of tens of thousands of tokens and a chat template. This
-room fetches one of 135 million parameters. It is not in the repository (540 MB in float32); what
+page fetches one of 135 million parameters. It is not in the repository (540 MB in float32); what
 needs it is skipped where it cannot be had.
 """
 

@@ -332,7 +332,7 @@ class RunResult:
         last = self.evaluations[max(self.evaluations)]
         samples = next(iter(last.values())).sampling.n
         parts = [
-            f"mean accuracy over {samples} samples a problem, {names[k]}:\n"
+            f"mean accuracy over {samples} samples per problem, {names[k]}:\n"
             + evaluate.difference_table(self.differences(k))
             for k in last
         ]

@@ -193,8 +193,10 @@ def test_plain_interval_agrees_with_scipy(values, seed):
             theirs <= end + rounding
         ).mean() >= share - slack
     low, high = ours
-    wide = bootstrap_interval([torch.tensor(values, dtype=torch.float64)], seed=seed)
-    assert wide[0] <= low and high <= wide[1], "the expanded interval contains the plain one"
+    expanded = bootstrap_interval([torch.tensor(values, dtype=torch.float64)], seed=seed)
+    assert expanded[0] <= low and high <= expanded[1], (
+        "the expanded interval contains the plain one"
+    )
 
 
 def test_interval_of_normal_values_is_students():
