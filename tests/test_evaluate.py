@@ -128,7 +128,7 @@ def test_wrong_input(tmp_path):
     r = result({"b": [[1, 0], [1, 1]]})
     with pytest.raises(ValueError, match="no benchmark 'c'; there are b"):
         r.accuracy("c")
-    with pytest.raises(ValueError, match="pass@3 cannot be had from 2 samples"):
+    with pytest.raises(ValueError, match="pass@3 cannot be computed from 2 samples"):
         r.pass_at(3)
     with pytest.raises(ValueError, match="nothing to resample"):
         bootstrap_interval([torch.zeros(0)])
