@@ -2,7 +2,7 @@
 and a number of samples. Each of the first three can move the number by itself, and the fourth only
 narrows the interval around it, down to a floor that the list of problems sets. So all four are
 pinned by name here: a list that is not the one its name promises is refused before anything is
-generated. A changed problem list that loads in silence makes the claim false.
+generated. Refuted by: a changed problem list that loads in silence.
 
 This module holds the published sets by name and their reader. Importing it lets `tasks.load` know
 these names.

@@ -1,5 +1,5 @@
 """**Claim.** Rounding to E4M3 and the scales of FP8 engines can be written down in a few lines that
-have the bits of a `torch.float8_e4m3fn` cast. One differing bit would make the claim false.
+have the bits of a `torch.float8_e4m3fn` cast. Refuted by: one differing bit.
 
 `round_e4m3` rounds numbers, `round_activation` and `round_weight_` round tensors with their scales,
 and `quantize` and `dequantize` do the same by way of torch's 8-bit type.

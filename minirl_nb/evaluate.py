@@ -132,7 +132,7 @@ class EvalResult:
         ValueError for k above n."""
         names, n = self._names(name), self.sampling.n
         if not 1 <= k <= n:
-            raise ValueError(f"pass@{k} cannot be had from {n} samples per problem")
+            raise ValueError(f"pass@{k} cannot be computed from {n} samples per problem")
         total = 0.0
         for b in names:
             right = (self.rewards[b] > 0).sum(1).tolist()

@@ -1,7 +1,7 @@
 r"""**Claim.** A low-precision rollout engine is a function of the trainer's weights that can be
 written down: round weights and activations to few-bit numbers times their scales, compute
 everything else as before. Without a scheme the model keeps every bit, so that the KL divergence is
-exactly zero. One differing bit would make the claim false.
+exactly zero. Refuted by: one differing bit.
 
 `emulate` makes a model compute in low precision, `load_` gives it fresh weights, and `emulated`
 does the same inside a `with`. `SCHEMES` lists the schemes: the three of FP8, and the formats with

@@ -1,7 +1,7 @@
 r"""**Claim.** The log-probability of every response token, the entropy of its distribution over the
 whole vocabulary, and their exact gradients need no tensor of tokens x vocabulary: at 4,096 tokens
-and a vocabulary of 151,936 the peak memory is below a tenth of that of `log_softmax`. A gradient
-off by more than rounding, or a peak above the tenth, would make the claim false.
+and a vocabulary of 151,936 the peak memory is below a tenth of that of `log_softmax`. Refuted by: a
+gradient off by more than rounding, or a peak above the tenth.
 
 The objective needs $\log\pi_\theta(y_t)$; a model returns hidden states. One matrix and one softmax
 lead from the states to the log-probabilities. Three things go wrong there without an error message:

@@ -1,6 +1,6 @@
 """**Claim.** Nothing that is shown or sent changes what is computed: metrics, progress, live plots
-and trackers are observers, and a run without them has the same metrics, bit for bit. One differing
-digit refutes it.
+and trackers are observers, and a run without them has the same metrics, bit for bit. Refuted by:
+one differing digit.
 
 The metrics file, the figure, the progress bar, trackers, and the report at a run's end. An observer
 is anything with two methods, `update(run)` after each rollout step and `close()` at the end.

@@ -1,6 +1,6 @@
 """**Claim.** Every response a model can write gets a reward of 0 or 1 within about a second, also
-the ones that make a computer algebra system run forever or eat all memory. One response that
-raises, hangs or is paid for a wrong answer makes the claim false.
+the ones that make a computer algebra system run forever or eat all memory. Refuted by: one response
+that raises, hangs or is paid for a wrong answer.
 
 This module holds `Pool`, the worker processes that check answers under limits of processor time and
 memory, and the verifiers that use it.

@@ -1,6 +1,6 @@
 """**Claim.** vLLM can live inside the trainer's processes, on one rank or on many, and leaves them
 as it found them: the process group, the environment, the number of threads, the temporary folder.
-False if a process, a file or a changed variable stays behind after `close`.
+Refuted by: a process, a file or a changed variable that stays behind after `close`.
 
 This module holds `VLLMEngine`. In a notebook vLLM lives in this process. Under `torchrun` **it does
 too**, on every rank: its groups are made inside the trainer's own process group, the way in which

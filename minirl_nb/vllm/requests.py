@@ -1,7 +1,7 @@
 """**Claim.** vLLM can be the rollout engine without changing the method. In float32 its
 log-probabilities are the trainer's to rounding. In emulated FP8 it is the trainer's own emulation,
 except for numbers on the edge of two codes, and replaying the experts that it recorded lowers the
-discrepancy. False if a float32 route differs, or if replay does not lower k3.
+discrepancy. Refuted by: a float32 route that differs, or a replay that does not lower k3.
 
 This module says how vLLM is started and asked so that its responses can be trained on, and makes a
 rollout of its answers. The pages behind it hold the internals: the names of vLLM that must exist,
