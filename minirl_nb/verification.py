@@ -70,7 +70,7 @@ def _serve(seconds: float, megabytes: int) -> None:
         child = os.fork()
         if child == 0:
             try:
-                _answer(out, seconds)
+                _judge_requests(out, seconds)
             finally:
                 os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
@@ -78,8 +78,8 @@ def _serve(seconds: float, megabytes: int) -> None:
         out.write(b"x")
 
 # %% ../nbs/09_verification.ipynb #c70142a5
-def _answer(out, seconds: float) -> None:
-    """Answer requests until stdin ends; an answer that takes more than `seconds` of processor time
+def _judge_requests(out, seconds: float) -> None:
+    """Judge requests until stdin ends; an answer that takes more than `seconds` of processor time
     ends this process."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for line in os.fdopen(0, "rb"):
