@@ -95,7 +95,7 @@ def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
 
 def round_activation(
     x: Tensor,  # [..., H] float32, bfloat16 or float16
-    kind: Literal["token", "group"] = "token",  # one scale per row, or one for each 128 numbers of it
+    kind: Literal["token", "group"] = "token",  # one scale per row, or one per 128 numbers of it
 ) -> Tensor:  # like x: E4M3 numbers times their scale, rounded to x's dtype
     """Quantise and dequantise activations with dynamic scales.
 

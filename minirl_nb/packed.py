@@ -140,7 +140,7 @@ def _sliding_window(config) -> int:
 
 @torch.no_grad()
 def _check_rows(model, device):
-    "NotImplementedError where a packed row differs from the row alone, or depends on its neighbour."
+    "NotImplementedError where a packed row differs from the row alone, or depends on others."
     window = _sliding_window(model.config.get_text_config())
     length = torch.tensor([7, 6, window + 6])
     vocab = model.get_input_embeddings().weight.shape[0]
