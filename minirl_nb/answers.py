@@ -1,6 +1,6 @@
 """**Claim.** Every response answers with one text or with none: its last box, outside of its
-thinking, wherever in the response that box stands. A response that is cut off before it answers, or
-that is read by something else it mentions, makes the claim false.
+thinking, wherever in the response that box stands. Refuted by: an answer read from a response that
+was cut off before it answered, or from anything but that box.
 
 This module holds what a verifier judges by (`Problem`), what it lets pass (`Rules`), and how the
 answer is found in a response. `equality`, `notation` and `values` say whether it is the right one.

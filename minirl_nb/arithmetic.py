@@ -1,6 +1,6 @@
 """**Claim.** The built-in task has 4,096 training problems and three benchmarks of 30, the same
 bytes on every machine, and no benchmark problem, in either order of its factors, is among the
-training problems. One shared problem makes the claim false.
+training problems. Refuted by: one shared problem.
 
 This module holds the problems of the built-in task, its tokenizer of sixteen symbols, and its
 verifier.

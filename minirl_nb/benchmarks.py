@@ -2,7 +2,7 @@
 and a number of samples. Each of the first three can move the number by itself, and the fourth only
 narrows the interval around it, down to a floor that the list of problems sets. So all four are
 pinned by name here: a list that is not the one its name promises is refused before anything is
-generated. A changed problem list that loads in silence makes the claim false.
+generated. Refuted by: a changed problem list that loads in silence.
 
 This module holds the published sets by name and their reader. Importing it lets `tasks.load` know
 these names.
@@ -289,7 +289,7 @@ class _Published:
     rates: dict[str, float] = field(default_factory=dict)  # by id
 
 
-def _answer(text: str | None, entry: ProblemSet) -> str | None:
+def _bare_answer(text: str | None, entry: ProblemSet) -> str | None:
     "The answer of a row, None where it has none."
     if text is None:
         return None
@@ -361,7 +361,7 @@ class _Reading:
     def add(self, row: dict) -> None:
         where = f"{self.name}, row {row['row_min']}"
         text = _unwrapped(row["problem"] or "", self.entry)
-        answer = _answer(row["answer"], self.entry)
+        answer = _bare_answer(row["answer"], self.entry)
         why = None
         if not text:
             why = "in an unknown wrapping" if self.entry.wrapped else "without a problem"

@@ -1,7 +1,6 @@
 """**Claim.** Three facts describe a small floating-point format: its exponent bits, its mantissa
 bits, and which codes are no numbers. One addition in float32 then rounds to it, with ties to even.
-A code whose value, or a tie whose side, differs from that of an independent library would make the
-claim false.
+Refuted by: a code whose value, or a tie whose side, differs from that of an independent library.
 
 `NumberFormat` describes a format, `NUMBERS` lists the five that rollout engines use, and `round_to`
 rounds to one of them.

@@ -1,6 +1,6 @@
 """**Claim.** A checkpoint exists entirely or not at all, whenever its writer is killed, and any
-number of processes can go on from it. A folder with a checkpoint's name that cannot be resumed from
-refutes it.
+number of processes can go on from it. Refuted by: a folder with a checkpoint's name that cannot be
+resumed from.
 
 One process writes a Hugging Face folder and its optimiser beside it. Many write their shards with
 `torch.distributed.checkpoint`, by the names of the parameters, from a copy in host memory while the

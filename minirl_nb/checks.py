@@ -1,6 +1,6 @@
 """**Claim.** A run that cannot work is refused before its weights are read, in one sentence that
-names the field and its value. A run that starts and then stops over its own configuration refutes
-it.
+names the field and its value. Refuted by: a run that starts and then stops over its own
+configuration.
 
 The objective and the replay that a config asks for, and what must hold between its sections, its
 model, its processes and its run folder. Nothing is loaded but the model's `config.json`.

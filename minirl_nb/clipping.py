@@ -1,11 +1,12 @@
 r"""**Claim.** The mask of Eq. 7 drops exactly the tokens whose gradient PPO's min would drop, and
-it looks at the update alone. The weight of the tokens that stay may follow the engine; the mask
-never does: before the first update it drops nothing, however far the engine is off. Its purpose is
-to keep the surrogate honest: without it, gradient ascent on one batch can raise the surrogate while
-the true $J$ falls below where it began. A token that PPO's autograd and the mask treat differently,
-a token masked at $\pi_\theta = \pi_{old}$, or a reward of the last sections for which ascent with
-the mask, in small steps, ends with $J$ below its start would refute this page. How far ascent
-climbs is not part of the claim: on one batch it climbs further, on average, without the mask.
+it looks at the update alone. The weight of a kept token depends on the rollout engine, the mask
+does not: before the first update it drops nothing, however far the engine is off. The mask keeps
+the surrogate close to the true objective: without it, gradient ascent on one batch can raise the
+surrogate while the true $J$ falls below where it began. Refuted by: a token that PPO's autograd and
+the mask treat differently, a token masked at $\pi_\theta = \pi_{old}$, or a reward of the last
+sections for which ascent with the mask, in small steps, ends with $J$ below its start. How far
+ascent climbs is not part of the claim: on one batch it climbs further, on average, without the
+mask.
 
 This module holds the mask and nothing else.
 """

@@ -1,6 +1,6 @@
-"""**Claim.** Two runs are compared on the same problems, and two groups of runs on the same seeds,
-and the interval covers the true difference as often as it says. A coverage of the 95% interval
-below 90% on simulated groups of five seeds refutes it.
+"""**Claim.** `compare` pairs two runs by problem and two groups of runs by seed, and its interval
+covers the true difference as often as it says. Refuted by: a coverage of the 95% interval below 90%
+on simulated groups of five seeds.
 
 `minirl compare A B` prints what changes from A to B, with 95% intervals. A and B are runs, or
 patterns such as `'runs/r3_*'` that stand for several seeds.

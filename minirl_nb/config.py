@@ -1,7 +1,6 @@
-"""**Claim.** A run is described by one tree of typed values. A value is checked in the same way
-wherever it was written, and whatever is wrong with it is said in one sentence that names the key,
-the value and what would be right. A wrong key or value that is accepted, or a correct one that is
-refused, refutes it.
+"""**Claim.** One tree of typed values describes a run. A value is checked in the same way wherever
+it was written, and an error is one sentence that names the key, the value and what would be right.
+Refuted by: a wrong key or value that is accepted, or a correct one that is refused.
 
 The dataclasses of a run, and what turns a recipe (YAML) and the command line into them. Nothing
 heavy is imported here, so that a wrong key is reported at once.
@@ -345,7 +344,7 @@ class ParallelConfig:
 
     shard: int | None = None
     """Processes over which each parameter is split (FSDP2); world size / shard copies are kept
-    (HSDP). 1: every process has the whole model, and gradients are summed once a step (replicas).
+    (HSDP). 1: every process has the whole model, and gradients are summed once per step (replicas).
     None: 1 where the plan finds room for a whole model, else all."""
     expert: int = 1
     """Processes that hold different experts and exchange tokens all-to-all (expert parallelism);

@@ -1,6 +1,6 @@
 """**Claim.** One file shows a run, or several side by side, and needs nothing else: no server, no
-network, no other file. A browser that asks for anything outside the file, or a number in it that is
-not in the run's log, refutes it.
+network, no other file. Refuted by: a browser that asks for anything outside the file, or a number
+in it that is not in the run's log.
 
 `minirl report RUN [RUN ...]` writes the file. It has the diagnosis, the differences between the
 runs' configs, curves to zoom and to read off, flips by layer as a heat map, and sample responses

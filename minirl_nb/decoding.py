@@ -1,7 +1,7 @@
 """**Claim.** The token that a request samples is a function of the weights, the prompt, a seed and
 the request's number. It does not depend on the other requests, because each request has a random
-stream of its own. False if the sampled frequencies are not the probabilities, or if a token of
-probability zero is ever chosen.
+stream of its own. Refuted by: sampled frequencies that are not the probabilities, or a token of
+probability zero that is chosen.
 
 This module holds what an engine of our own is made of: the settings of a call, the random streams,
 the choice of one token, and the cache in which responses of different lengths share a batch.

@@ -1,6 +1,6 @@
 """**Claim.** A run's metrics alone say what is going wrong in it and since when. Each run that was
-broken on purpose gets the diagnosis of what was broken, and ten healthy runs get none. A broken run
-without its diagnosis, or a healthy one with any, refutes it.
+broken on purpose gets the diagnosis of what was broken, and ten healthy runs get none. Refuted by:
+a broken run without its diagnosis, or a healthy one with any.
 
 `minirl diagnose RUN` prints what this module finds: one sentence for each thing that is wrong, with
 its numbers, the gradient step since which it holds, the page that explains it, and what to try

@@ -1,5 +1,5 @@
 """**Claim.** Rounding to E4M3 and the scales of FP8 engines can be written down in a few lines that
-have the bits of a `torch.float8_e4m3fn` cast. One differing bit would make the claim false.
+have the bits of a `torch.float8_e4m3fn` cast. Refuted by: one differing bit.
 
 `round_e4m3` rounds numbers, `round_activation` and `round_weight_` round tensors with their scales,
 and `quantize` and `dequantize` do the same by way of torch's 8-bit type.
@@ -95,7 +95,7 @@ def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
 
 def round_activation(
     x: Tensor,  # [..., H] float32, bfloat16 or float16
-    kind: Literal["token", "group"] = "token",  # one scale a row, or one for each 128 numbers of it
+    kind: Literal["token", "group"] = "token",  # one scale per row, or one per 128 numbers of it
 ) -> Tensor:  # like x: E4M3 numbers times their scale, rounded to x's dtype
     """Quantise and dequantise activations with dynamic scales.
 

@@ -1,6 +1,6 @@
 """**Claim.** Two numbers are equal here if and only if they are the same number, however small or
-large; two expressions with variables, if and only if sympy proves it wherever both are real. Two
-different numbers that pass for equal make the claim false.
+large; two expressions with variables, if and only if sympy proves it wherever both are real.
+Refuted by: two different numbers that pass for equal.
 
 math-verify parses LaTeX and compares expressions with sympy, and what it says is the verdict on
 most answers. This module asks it, makes two of its comparisons exact, and makes its parser faster.

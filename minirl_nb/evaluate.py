@@ -132,7 +132,7 @@ class EvalResult:
         ValueError for k above n."""
         names, n = self._names(name), self.sampling.n
         if not 1 <= k <= n:
-            raise ValueError(f"pass@{k} cannot be had from {n} samples a problem")
+            raise ValueError(f"pass@{k} cannot be computed from {n} samples per problem")
         total = 0.0
         for b in names:
             right = (self.rewards[b] > 0).sum(1).tolist()
@@ -210,7 +210,7 @@ def evaluate(
     world=None,  # `train.World`: ranks that share the problems; every rank gets the whole result
     each: int = 1,  # neighbouring ranks that share one engine, and so one part of the problems
 ) -> EvalResult:
-    """Mean accuracy over n samples a problem (the paper's mean@32) on each benchmark. ValueError
+    """Mean accuracy over n samples per problem (the paper's mean@32) on each benchmark. ValueError
     where there is none."""
     benchmarks = task.benchmarks if benchmarks is None else benchmarks
     if not benchmarks or not all(benchmarks.values()):

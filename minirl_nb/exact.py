@@ -1,8 +1,8 @@
 r"""**Claim.** With a small vocabulary and a short horizon, every expectation of the theory is a
 finite sum, so nothing in Part I rests on sampling. In particular the gradient of Eq. 2, weighted by
 $\pi_\theta(y)/\mu(y)$, is the gradient of the expected reward $J$ to rounding, whatever the rollout
-policy $\mu$. One policy, reward or $\mu$ with full support for which the two differ by more than
-$10^{-12}$ would refute it.
+policy $\mu$. Refuted by: one policy, reward or $\mu$ with full support for which the two differ by
+more than $10^{-12}$.
 
 This module lists all responses, defines two policies over them and four ways in which a rollout
 engine can be wrong, and computes exact expectations, gradients and Hessians.

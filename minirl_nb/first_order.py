@@ -11,8 +11,8 @@ the distance of its ratio $\pi_\theta/\mu$ from one. A *listed* policy (page `00
 that all its responses can be written down, so that expectations are finite sums. Credit is
 *diffuse* if the reward depends on the response as a whole, and *local* if a token is paid for what
 stands near it. Equation numbers are the paper's. This module holds `ShiftedProblem`, a listed
-policy whose rollout engine and parameters can be shifted by a given size; the pages on the
-approximation and on its meter measure with it.
+policy whose rollout engine and parameters can be shifted by a given size. This page and
+`02b_validity` measure with it.
 
 In short: shift every token by 1% and the objectives are $10^{-5}$ apart, the gradients
 $3\cdot10^{-3}$ in absolute terms. The gradient's relative error grows as $\sqrt{T-1}$ with the

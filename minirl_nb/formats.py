@@ -1,7 +1,7 @@
 """**Claim.** A number format, the length of a block and the type of its scale describe the
 low-precision formats of rollout engines beyond FP8: E5M2, the microscaling formats MXFP8, MXFP6 and
-MXFP4, and NVFP4. Rounding by this description has the bits of the published implementations. One
-differing bit would make the claim false.
+MXFP4, and NVFP4. Rounding by this description has the bits of the published implementations.
+Refuted by: one differing bit.
 
 `BlockFormat` describes a format and `FORMATS` lists them by name. `round_activation` and
 `round_weight_` round tensors in any of them, and in those of FP8. `round_cache` rounds the keys and

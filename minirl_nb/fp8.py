@@ -1,12 +1,11 @@
 r"""**Claim.** A low-precision rollout engine is a function of the trainer's weights that can be
 written down: round weights and activations to few-bit numbers times their scales, compute
 everything else as before. Without a scheme the model keeps every bit, so that the KL divergence is
-exactly zero. One differing bit would make the claim false.
+exactly zero. Refuted by: one differing bit.
 
-`emulate` turns a model into its low-precision self, `load_` gives it fresh weights, and `emulated`
-does it for the time of a `with`. `SCHEMES` names what there is: the three schemes of FP8, and the
-formats with fewer bits or other scales. The settings of a run call the choice `fp8`, after the
-format that came first.
+`emulate` makes a model compute in low precision, `load_` gives it fresh weights, and `emulated`
+does the same inside a `with`. `SCHEMES` lists the schemes: the three of FP8, and the formats with
+fewer bits or other scales. A run's setting is called `fp8`, after the format that came first.
 
 The price of low precision is the first factor of Eq. 5,
 $\pi_{\theta_\mathrm{old}}(y_t)/\mu_{\theta_\mathrm{old}}(y_t)$: the engine that samples computes

@@ -1,8 +1,8 @@
 """**Claim.** A mixture of experts can be small enough for exact sums: all its responses are listed,
 and its expected reward and gradient are finite sums, with its own experts as well as with experts
 from elsewhere. Replaying its own choice changes neither a log-probability nor a gradient by more
-than rounding. A policy for which it does, or whose replayed gates differ from those by hand,
-refutes it.
+than rounding. Refuted by: a policy for which it does, or whose replayed gates differ from those by
+hand.
 
 Real mixtures of experts are too large for exact sums. The policy of this page has six experts, of
 which each prefix uses two, and few enough responses to list them all. 07_routing uses it to say

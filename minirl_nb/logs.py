@@ -1,6 +1,6 @@
 """**Claim.** A log of this package, of TRL or of verl becomes rows with one set of names, and a
-number keeps its value on the way. A quantity that arrives under the name of another one, or a row
-that is lost, refutes it.
+number keeps its value on the way. Refuted by: a quantity that arrives under the name of another
+one, or a row that is lost.
 
 The diagnosis, the report and the comparison of runs read logs through this module. It recognises a
 log by its content.

@@ -1,7 +1,7 @@
 """**Claim.** Every number in `metrics.jsonl` is that of the whole mini-batch, on any number of
 processes: the rows of all ranks are gathered before anything is averaged, because quantiles and
-effective sample sizes of parts do not average to those of the whole. A line of metrics that differs
-between one process and two by more than rounding refutes it.
+effective sample sizes of parts do not average to those of the whole. Refuted by: a line of metrics
+that differs between one process and two by more than rounding.
 
 This module measures three things: how often the choice of experts flips, accuracy on held-out
 problems, and what goes into the line of metrics of a gradient step.

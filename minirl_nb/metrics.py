@@ -1,6 +1,6 @@
 """**Claim.** Every number that a run logs stands in one table, with its unit, its meaning and the
-page that derives it. A key of `metrics.jsonl` that the table does not know, or an entry that no
-module can write, refutes it.
+page that derives it. Refuted by: a key of `metrics.jsonl` that the table does not know, or an entry
+that no module can write.
 
 This module holds the table. The figure of a run, the report and the diagnosis take their titles and
 units from it, so that one quantity has one name everywhere. The table also says how TRL and verl

@@ -1,11 +1,11 @@
 r"""**Claim.** MiniRL, its ablations, REINFORCE, GRPO, CISPO and GSPO are one line of code with six
 settings: $-\frac1n \sum_b\sum_t M_t\,\mathrm{sg}[w_t]\,A_b\,\log\pi_\theta(y_t)$. Each preset has
 the gradient of its authors' formula. Without the weight, or with a division by length, the gradient
-is neither equal nor parallel to the true one, as the paper says. Nor is it with the token weight,
-MiniRL's own: its angle is smaller than without the weight on only 10 of 16 policies (8 at the
-largest discrepancy). Refuted by a preset whose gradient is not that of its authors' formula, by a
-baseline that moves the weighted gradient, by an ablation that stays parallel under discrepancy and
-unequal lengths, or by other counts.
+is neither equal nor parallel to the true one, as the paper says. With the token weight, MiniRL's
+own, it is not parallel either: its angle is smaller than without the weight on only 10 of 16
+policies (8 at the largest discrepancy). Refuted by: a preset whose gradient is not that of its
+authors' formula, a baseline that moves the weighted gradient, an ablation that stays parallel under
+discrepancy and unequal lengths, or other counts.
 
 This module holds the loss that trains every model of this library, its presets, and the advantage
 of a response within its group.

@@ -1,8 +1,8 @@
 """**Claim.** Responses laid one behind the other in a single row get the log-probabilities, routes
 and gradients that they get in a padded table, to rounding. No tensor of tokens x tokens or of
 tokens x vocabulary is made on the way, at 32,768 tokens either. A family of models whose layers
-look across the bounds is refused, by name, before a run starts. A family that passes and whose
-gradient differs, or a tensor of either kind, would make the claim false.
+look across the bounds is refused, by name, before a run starts. Refuted by: a family that passes
+and whose gradient differs, or a tensor of either kind.
 
 `pack_attention` makes a model fit for packed forwards: it gives it an attention that stays within
 the bounds of each response, and proves on random tokens that no other layer looks across them.
@@ -140,7 +140,7 @@ def _sliding_window(config) -> int:
 
 @torch.no_grad()
 def _check_rows(model, device):
-    "NotImplementedError where a packed row differs from the row alone, or hangs on its neighbour."
+    "NotImplementedError where a packed row differs from the row alone, or depends on others."
     window = _sliding_window(model.config.get_text_config())
     length = torch.tensor([7, 6, window + 6])
     vocab = model.get_input_embeddings().weight.shape[0]

@@ -1,6 +1,6 @@
 """**Claim.** An engine that holds other weights than the trainer, or computes another function, is
-caught before a single token of its output is trained on, and the tensor or layer is named. False if
-one of the defects below passes, or if a healthy engine fails.
+caught before a single token of its output is trained on, and the probe names the tensor or the
+layer. Refuted by: one of the defects below that passes, or a healthy engine that fails.
 
 This module holds what every rollout engine must be able to do, and the probe that compares an
 engine with the trainer after each transfer of weights. Half of every reinforcement-learning step is

@@ -1,6 +1,6 @@
 """**Claim.** A value is checked in the same way wherever it was written, in a recipe or on the
 command line, and whatever is wrong is said in one sentence that names the key, the value and what
-would be right. A wrong value that is accepted refutes it.
+would be right. Refuted by: a wrong value that is accepted.
 
 What turns mappings and command-line words into nested dataclasses. It knows no particular
 dataclass; those of a run are on the next page.

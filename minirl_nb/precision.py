@@ -1,8 +1,7 @@
 """**Claim.** What a low-precision rollout costs can be measured before a run: the distance between
-the rounded policy and the trainer's, a token and a response at a time. A token's distance does not
-grow with its place in a response, and a response's does, in proportion to its length. A distance of
-tokens that doubles along 512 tokens, or a response's that does not grow, would make the claim
-false.
+the rounded policy and the trainer's, per token and per response. A token's distance does not grow
+with its place in a response; a response's does, in proportion to its length. Refuted by: a distance
+per token that doubles along 512 tokens, or a distance per response that does not grow.
 
 `measure` samples with an engine in a low-precision scheme and scores what it sampled as the trainer
 would: as it is, with the engine's routes replayed, and rounded like the engine. `table` draws its
@@ -220,7 +219,7 @@ def run(config: PrecisionConfig) -> list[dict]:
 
 # %% ../nbs/13c_precision.ipynb #7e28e8da
 def table(records: Sequence[dict], names: Sequence[str] = ("k3", "flips", "f2", "r3_factor")):
-    "Rows of text: scheme, bits a weight, and mean [interval] over seeds of each name."
+    "Rows of text: scheme, bits per weight, and mean [interval] over seeds of each name."
     rows = [["scheme", "bits", *names]]
     for scheme in dict.fromkeys(r["scheme"] for r in records):
         own = [r for r in records if r["scheme"] == scheme]

@@ -1,6 +1,6 @@
 """**Claim.** Whatever is not a list of problems is one error that names the file and the line, or
-the data set and the row. What ships with the package is found from any folder, installed or not. A
-malformed line that loads in silence makes the claim false.
+the data set and the row. What ships with the package is found from any folder, installed or not.
+Refuted by: a malformed line that loads in silence.
 
 This module holds the readers of files (JSONL, JSON, CSV, Parquet) and of Hugging Face data sets,
 and `data_path`, which finds the data that ship with the package.

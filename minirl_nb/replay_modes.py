@@ -1,9 +1,9 @@
-"""**Claim.** Replay keeps a ratio small if it gives the same experts to both sides of it. Without
-it the second moment of a log-ratio shrinks only like the shift of the parameters, because a changed
-expert is a jump that does not shrink. With it, it shrinks like the square of the shift. The price
-is bias: the target of the gradient changes exactly where a choice flips, which is never the case
-for R2 in the first mini-batch. Refuted by other slopes, or by a target that changes without a flip
-or stays despite one.
+"""**Claim.** Replay keeps a ratio small if it gives the same experts to numerator and denominator.
+Without replay the second moment of a log-ratio shrinks only in proportion to the shift of the
+parameters, because a changed expert is a jump that does not shrink. With replay the second moment
+shrinks like the square of the shift. The price is bias: the target of the gradient changes exactly
+where a choice flips. R2 has no such flip in the first mini-batch. Refuted by: other slopes, or a
+target that changes without a flip or stays despite one.
 
 A mixture of experts routes each token through a few of its experts. Routing replay makes the
 training engine use recorded experts. This page says what the two ways of replay, R2 and R3, do to

@@ -1,6 +1,6 @@
 """**Claim.** Nothing that is shown or sent changes what is computed: metrics, progress, live plots
-and trackers are observers, and a run without them has the same metrics, bit for bit. One differing
-digit refutes it.
+and trackers are observers, and a run without them has the same metrics, bit for bit. Refuted by:
+one differing digit.
 
 The metrics file, the figure, the progress bar, trackers, and the report at a run's end. An observer
 is anything with two methods, `update(run)` after each rollout step and `close()` at the end.
@@ -332,7 +332,7 @@ class RunResult:
         last = self.evaluations[max(self.evaluations)]
         samples = next(iter(last.values())).sampling.n
         parts = [
-            f"mean accuracy over {samples} samples a problem, {names[k]}:\n"
+            f"mean accuracy over {samples} samples per problem, {names[k]}:\n"
             + evaluate.difference_table(self.differences(k))
             for k in last
         ]

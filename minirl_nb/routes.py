@@ -1,7 +1,7 @@
 """**Claim.** Routes that no rollout engine can have recorded are refused before anything is
 computed with them, with the layer, the row and the value; and two routings of the same tokens are
 compared as sets, whatever order the experts stand in. Refuted by: such routes that pass, or a
-comparison that hangs on the order.
+comparison that depends on the order.
 
 Routes are the experts that processed each token: uint8 (uint16 above 256 experts) [B, T, L, K],
 with a mask `valid` [B, T] of the rows that were recorded. This page holds their type, the rules for
@@ -107,7 +107,7 @@ def _check_form(routes, valid, names, experts, top_k):
     if routes.ndim != 4 or routes.shape[2:] != (L, top_k):
         raise ValueError(
             f"routes {list(routes.shape)} must be [B, T, L, K] with L = {L} routers and K = "
-            f"{top_k} experts a token"
+            f"{top_k} experts per token"
         )
     if most_experts > 256 and routes.dtype == torch.uint8:
         raise ValueError(

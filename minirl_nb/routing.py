@@ -1,6 +1,6 @@
 """**Claim.** A router can be made to use recorded experts by answering one call, its own `topk`,
 and nothing else. Replaying a model's own choices then changes no bit of its logits, and its router
-keeps its gradient. Refuted by a family of models in which a bit changes or a gradient is wrong.
+keeps its gradient. Refuted by: a family of models in which a bit changes or a gradient is wrong.
 
 `record` keeps the experts that each router of a model chooses, and `replay` makes the routers
 choose recorded ones. Which experts to replay, and when, is the subject of 07_routing. This page

@@ -1,6 +1,6 @@
 """**Claim.** What a run will do next depends on its config, its weights, its optimiser, two
 counters and the band of the parity probe, and on nothing else: no generator's state, no clock, no
-order of events. A run that goes on differently from the same state refutes it.
+order of events. Refuted by: a run that goes on differently from the same state.
 
 `Run` holds that state and what the phases of a step share: which problems come next, micro-batches,
 log-probabilities, and the context in which routes are replayed. `Step` is one rollout step on its

@@ -1,7 +1,7 @@
 """**Claim.** The filter of this page takes near-copies of benchmark problems, repeated problems,
 problems with two answers and answers that cannot be judged, and says why it took each. What is left
-does not depend on the order of the input. A copy that differs in typing, case, layout or a few
-words and passes makes the claim false.
+does not depend on the order of the input. Refuted by: a copy that differs in typing, case, layout
+or a few words and passes.
 
 This module holds `words` and `Overlap`, by which texts are compared, the tests of answers,
 `filter_problems`, and `pass_rates`, which measures how often a policy solves each problem.

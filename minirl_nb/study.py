@@ -1,6 +1,6 @@
 """**Claim.** A study that is killed at any moment and started again ends with the same rows as one
 that was left alone, and a row never comes from other code or another config than its study names.
-One differing digit, or one row of a foreign run, refutes it.
+Refuted by: one differing digit, or one row of a foreign run.
 
 A study is a grid of runs, written down with its question, its comparisons and its stopping rule
 before the first run starts. This module reads studies, runs what is missing, and says how far they

@@ -1,6 +1,6 @@
 """**Claim.** 2,000 training problems and 100 held-out ones, the same bytes on every machine, and no
-held-out problem shares its form and both its numbers with a training problem. One that does makes
-the claim false.
+held-out problem shares its form and both its numbers with a training problem. Refuted by: one that
+does.
 
 The multiplications of `09a_arithmetic` have a vocabulary of their own. A pretrained model has a
 real tokenizer, and its problems are sentences: one sum or one difference of numbers below 60. This

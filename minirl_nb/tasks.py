@@ -1,7 +1,7 @@
 """**Claim.** One string names a task: its problems, how they are put to the model, and who judges
 the responses. What the string does not fit is one sentence that says why, with file and line, and a
-benchmark that shares a problem with the training problems is refused. A task that loads with other
-problems than its string says makes the claim false.
+benchmark that shares a problem with the training problems is refused. Refuted by: a task that loads
+with other problems than its string says.
 
 This module holds `Task`, `load`, and the registry in which published sets are entered.
 """

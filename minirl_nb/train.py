@@ -1,6 +1,6 @@
 """**Claim.** One screen of code is the whole method: sample, verify, recompute, N updates,
-transfer. And a run is a function of its config: killed at any moment and resumed, it writes, bit
-for bit, the metrics of an uninterrupted run. One differing digit refutes it.
+transfer. A run is a function of its config: killed at any moment and resumed, it writes, bit for
+bit, the metrics of an uninterrupted run. Refuted by: one digit that differs.
 
 This page has the phases of a rollout step as four functions, and the loop that calls them.
 Configuration, files, processes and what is measured are on the pages before.

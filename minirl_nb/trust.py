@@ -4,8 +4,8 @@ and two bounds. MiniRL's clip, GSPO's, the masks of DPPO and of Trust Region Mas
 sequence masking and the clip of CTPO are settings of it. Among those that look at single tokens,
 what is compared decides who loses gradient: a bound on the ratio stops rare and likely tokens
 alike, a bound on the total variation cannot stop the fall of a token rarer than the bound, and
-stops a likely token earlier. A published mask that the test does not reproduce, or a probability at
-which the order of the bounds differs from the formulas below, would refute it.
+stops a likely token earlier. Refuted by: a published mask that the test does not reproduce, or a
+probability at which the order of the bounds differs from the formulas below.
 
 This module holds the test, the measures that it compares with a bound, and the settings that the
 literature uses. It decides *which* tokens take part. *How much* each one counts is the weight of

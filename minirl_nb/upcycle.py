@@ -1,7 +1,7 @@
 """**Claim.** A dense model becomes a mixture of a stock class that computes the same function: each
 feed-forward is copied, or cut into slices that are copied, and with noise 0 the logits equal the
-dense model's to rounding, whatever the router's weights are. A family that is accepted and whose
-logits differ refutes it.
+dense model's to rounding, whatever the router's weights are. Refuted by: a family that is accepted
+and whose logits differ.
 
 This module holds `upcycle`, the condition under which it is exact, and `expert_load`, which says
 how evenly a mixture uses its experts.

@@ -1,6 +1,6 @@
 """**Claim.** An answer is right if and only if it means the same as the gold answer, however either
-is typed, and names it as plainly as the gold answer does. A wrong answer that is paid, or a right
-one that is not, makes the claim false.
+is typed, and names it as plainly as the gold answer does. Refuted by: a wrong answer that is paid,
+or a right one that is not.
 
 `equality` compares expressions. This module holds what surrounds it: the kinds of answers that are
 no expressions (relations, lists, words, numerals of a base), and the checks that `verification`

@@ -1,5 +1,5 @@
 """**Claim.** What this page prints for a response is what a run would reward: the same problem, the
-same rules, the same verifier. A reward that differs makes the claim false.
+same rules, the same verifier. Refuted by: a reward that differs.
 
 A verifier that is wrong teaches the wrong thing, and no curve shows it. So its verdicts are read
 before a run, on a few dozen responses of the model that will be trained. This module reads

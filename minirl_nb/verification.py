@@ -1,6 +1,6 @@
 """**Claim.** Every response a model can write gets a reward of 0 or 1 within about a second, also
-the ones that make a computer algebra system run forever or eat all memory. One response that
-raises, hangs or is paid for a wrong answer makes the claim false.
+the ones that make a computer algebra system run forever or eat all memory. Refuted by: one response
+that raises, hangs or is paid for a wrong answer.
 
 This module holds `Pool`, the worker processes that check answers under limits of processor time and
 memory, and the verifiers that use it.
@@ -70,7 +70,7 @@ def _serve(seconds: float, megabytes: int) -> None:
         child = os.fork()
         if child == 0:
             try:
-                _answer(out, seconds)
+                _judge_requests(out, seconds)
             finally:
                 os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
@@ -78,8 +78,8 @@ def _serve(seconds: float, megabytes: int) -> None:
         out.write(b"x")
 
 # %% ../nbs/09_verification.ipynb #c70142a5
-def _answer(out, seconds: float) -> None:
-    """Answer requests until stdin ends; an answer that takes more than `seconds` of processor time
+def _judge_requests(out, seconds: float) -> None:
+    """Judge requests until stdin ends; an answer that takes more than `seconds` of processor time
     ends this process."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for line in os.fdopen(0, "rb"):

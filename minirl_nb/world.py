@@ -1,7 +1,7 @@
 """**Claim.** The training loop asks one object, the world, for everything that more than one
 process must agree on. One process is a world too, in which every question has a trivial answer, and
-the loop contains no switch between the two. A place in the loop that asks how many processes there
-are in order to do something else refutes it.
+the loop contains no switch between the two. Refuted by: a place in the loop that asks how many
+processes there are in order to do something else.
 
 `World` is the world of one process and the interface of the other: `14d_parallel` implements it for
 the processes that `torchrun` starts. Here are also the two things that both do in one way:

@@ -99,9 +99,9 @@ class Visitor:
         self.said += [f"left as Markdown: {text}" for text in seen["raw"]]
         if seen["formulas"] != seen["set"]:
             self.said.append(f"{seen['set']} of {seen['formulas']} formulas are set")
-        there = pictures(place.removesuffix(".html"))
-        if there is not None and seen["figures"] != there:
-            self.said.append(f"{seen['figures']} of {there} pictures")
+        in_page = pictures(place.removesuffix(".html"))
+        if in_page is not None and seen["figures"] != in_page:
+            self.said.append(f"{seen['figures']} of {in_page} pictures")
         self.page.set_viewport_size({"width": PHONE, "height": 844})
         across = self.page.evaluate("document.documentElement.scrollWidth")
         if across > PHONE:

@@ -136,12 +136,12 @@ class Sources:
     def _problem(self, module, path, arguments):
         if self.file(module) is None:
             return "its module is gone"
-        first, *rest = path.split(".")
+        first, *inner = path.split(".")
         found = self.find(module, first)
         if found is None:
             return f"{first} is gone"
         where, node = found
-        for name in rest:
+        for name in inner:
             node = self.member(where, node, name)
             if node is None:
                 return f"{first} has no {name}"

@@ -235,10 +235,10 @@ class Double(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.float:
             func = Tensor.double
-        wide = {torch.float32: torch.float64}
-        args = tuple(wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        widened = {torch.float32: torch.float64}
+        args = tuple(widened.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         kwargs = {
-            k: wide.get(v, v) if isinstance(v, torch.dtype) else v
+            k: widened.get(v, v) if isinstance(v, torch.dtype) else v
             for k, v in (kwargs or {}).items()
         }
         return func(*args, **kwargs)

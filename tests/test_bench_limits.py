@@ -28,7 +28,7 @@ def test_operations_of_a_forward_are_what_torch_counts(sizes):
     model.set_attn_implementation("eager")
     if "experts" in repr(model):
         model.set_experts_implementation("eager")
-    work, rows, width = bench.Work.of(model), 3, 16
+    work, rows, width = bench.Work.from_model(model), 3, 16
     tokens = bench.tokens_of(model, rows, width)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
@@ -46,11 +46,11 @@ def test_operations_of_a_forward_are_what_torch_counts(sizes):
 
 def test_a_step_of_many_rows_reads_all_experts_and_one_of_a_single_row_its_own():
     model = bench.random_model(bench.MIXTURE | TINY, 2, CPU, torch.float32)
-    work = bench.Work.of(model)
+    work = bench.Work.from_model(model)
     assert (work.E, work.K) == (8, 4) and work.cache == 2 * 2 * 16
     whole = sum(p.numel() for p in model.parameters())
-    one, many = (work.decoding(rows, 0, 4)[1] for rows in (1, 10_000))
-    assert many == pytest.approx(4 * whole)
+    one, of_many = (work.decoding(rows, 0, 4)[1] for rows in (1, 10_000))
+    assert of_many == pytest.approx(4 * whole)
     assert one == pytest.approx(4 * (whole - work.experts / 2))
     longer = work.decoding(1, 100, 4)
     assert longer[1] - one == 4 * 100 * work.cache

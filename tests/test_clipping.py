@@ -65,9 +65,9 @@ def test_kept_tokens_are_those_where_ppo_has_a_gradient(b):
 @PROPERTY
 @given(batches, st.sampled_from(["token", "sequence"]), st.sampled_from([math.nan, math.inf, 5.0]))
 def test_padding_and_order_change_nothing(b, ratio, junk):
-    clip, wide = Clip(0.2, 0.27, ratio), b.padded(2, junk)
+    clip, padded = Clip(0.2, 0.27, ratio), b.padded(2, junk)
     keep, high, low = clip(**b.clip())
-    w_keep, w_high, w_low = clip(**wide.clip())
+    w_keep, w_high, w_low = clip(**padded.clip())
     T = b.logp.shape[1]
     assert (
         torch.equal(w_keep[:, :T], keep)

@@ -55,8 +55,8 @@ def test_charts_hold_the_numbers_of_the_log(finished):
     drawn = {c.title.text: c for c in charts([log, log])}
     entropy = drawn["Token entropy"].renderers
     assert len(entropy) == 2
-    held = entropy[0].data_source.data["entropy"]
-    assert held == pytest.approx([row["entropy"] for row in log.steps], rel=1e-6)
+    values = entropy[0].data_source.data["entropy"]
+    assert values == pytest.approx([row["entropy"] for row in log.steps], rel=1e-6)
     title = f"{metric('discrepancy/flip_by_layer').title.capitalize()}: {log.name}"
     (image,) = drawn[title].renderers[0].data_source.data["image"]
     assert image.shape == (3, 8)

@@ -128,7 +128,7 @@ def test_wrong_input(tmp_path):
     r = result({"b": [[1, 0], [1, 1]]})
     with pytest.raises(ValueError, match="no benchmark 'c'; there are b"):
         r.accuracy("c")
-    with pytest.raises(ValueError, match="pass@3 cannot be had from 2 samples"):
+    with pytest.raises(ValueError, match="pass@3 cannot be computed from 2 samples"):
         r.pass_at(3)
     with pytest.raises(ValueError, match="nothing to resample"):
         bootstrap_interval([torch.zeros(0)])
@@ -193,8 +193,10 @@ def test_plain_interval_agrees_with_scipy(values, seed):
             theirs <= end + rounding
         ).mean() >= share - slack
     low, high = ours
-    wide = bootstrap_interval([torch.tensor(values, dtype=torch.float64)], seed=seed)
-    assert wide[0] <= low and high <= wide[1], "the expanded interval contains the plain one"
+    expanded = bootstrap_interval([torch.tensor(values, dtype=torch.float64)], seed=seed)
+    assert expanded[0] <= low and high <= expanded[1], (
+        "the expanded interval contains the plain one"
+    )
 
 
 def test_interval_of_normal_values_is_students():

@@ -47,8 +47,12 @@ def brought_along(*names):
         except metadata.PackageNotFoundError:
             continue  # of another system
         wanted += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
-    of = metadata.packages_distributions()
-    return [top for top, dists in of.items() if any(canonicalize_name(d) in seen for d in dists)]
+    distributions_of = metadata.packages_distributions()
+    return [
+        top
+        for top, dists in distributions_of.items()
+        if any(canonicalize_name(d) in seen for d in dists)
+    ]
 
 
 # which of the wheels come along too depends on the versions: they are named so as not to

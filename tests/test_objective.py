@@ -300,8 +300,8 @@ def test_float32_and_bfloat16_inputs(seed, objective):
     """
     b = make(seed, shift=0.1).to(torch.bfloat16)
     b.advantage = b.advantage.float()
-    wide = b.to(torch.float64)
-    g = loss_and_grad(objective, wide)[1]
+    in_float64 = b.to(torch.float64)
+    g = loss_and_grad(objective, in_float64)[1]
     loss32, g32 = loss_and_grad(objective, b.to(torch.float32))
     # ratios in float32 carry a relative error of some 1e-7, sequence ones of T = 7 times that
     torch.testing.assert_close(g32.double(), g, rtol=1e-5, atol=1e-9)
@@ -495,7 +495,7 @@ def test_stats_on_literals():
         and s["discrepancy/min"] == pytest.approx(0.8)
     )
     assert float(loss) == pytest.approx(-0.5 * (1.25 * math.log(0.5) + 5 * math.log(0.5)))
-    need = {
+    expected = {
         "truncated",
         "clip_high",
         "clip_low",
@@ -505,7 +505,7 @@ def test_stats_on_literals():
             for b in ("k1", "k3", "ess", "min", "max")
         ),
     }
-    assert need <= s.keys() and all(type(v) is float for v in s.values())
+    assert expected <= s.keys() and all(type(v) is float for v in s.values())
     assert MINIRL(**batch, advantage=torch.tensor([0.0]))[1]["zero_gradient"] == 1
     unclipped = replace(MINIRL, clip=None)
     assert unclipped(**batch, advantage=torch.tensor([-0.5]))[1]["clip_low"] == 0
@@ -607,8 +607,8 @@ def test_on_an_accelerator():
     b = make(8, B=32, T=32)
     on = b.map(lambda x: x.cuda())
     for objective in MANY:
-        for here, there in zip(loss_and_grad(objective, b), loss_and_grad(objective, on)):
-            torch.testing.assert_close(there.cpu(), here, rtol=1e-11, atol=1e-13)
+        for on_cpu, on_device in zip(loss_and_grad(objective, b), loss_and_grad(objective, on)):
+            torch.testing.assert_close(on_device.cpu(), on_cpu, rtol=1e-11, atol=1e-13)
         assert objective.stats(**on.named()) == {
             k: pytest.approx(v, rel=1e-9, abs=1e-12)
             for k, v in objective.stats(**b.named()).items()

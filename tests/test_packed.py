@@ -184,11 +184,11 @@ def test_attention_in_bounds_is_attention_under_the_whole_mask(lengths, window, 
     if window:
         mask &= at > at[:, None] - window
 
-    def wide(x):
+    def for_all_heads(x):
         return x.repeat_interleave(4 // kv, 1)
 
-    scores = (q @ wide(k).mT * 0.3).masked_fill(~mask, -torch.inf)
-    want = (scores.softmax(-1) @ wide(v)).transpose(1, 2)
+    scores = (q @ for_all_heads(k).mT * 0.3).masked_fill(~mask, -torch.inf)
+    want = (scores.softmax(-1) @ for_all_heads(v)).transpose(1, 2)
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
     w = torch.randn(out.shape, dtype=torch.float64, generator=g)
     for a, b in zip(

@@ -53,9 +53,9 @@ def family(name):
     "A tiny model of a MoE family whose head scales and caps, where the family knows how."
     cls = moe_families.discover()[name]
     known = moe_families.config(cls)
-    wide = {k: 64 for k in ("sliding_window", "sliding_window_size") if getattr(known, k, None)}
+    windows = {k: 64 for k in ("sliding_window", "sliding_window_size") if getattr(known, k, None)}
     changes = {k: v for k, v in HEAD.items() if hasattr(known, k)}
-    return moe_families.build(cls, **wide, **changes)
+    return moe_families.build(cls, **windows, **changes)
 
 
 @pytest.mark.parametrize("name", moe_families.discover())

@@ -92,7 +92,7 @@ def test_a_run_has_replicas_where_half_a_gpu_holds_their_states(mixture):
     P, context = found.model.parameters, found.assume.context
     assert found.config.parallel.shard == 1
     update = next(p for p in found.phases if p.name == "update")
-    # each GPU sends its part of the sums twice, float32, once a gradient step
+    # each GPU sends its part of the sums twice, float32, once per gradient step
     assert update.moved == {"gradients reduced": pytest.approx(2 * 7 / 8 * 4 * P)}
     assert update.seconds["waiting for weights"] == 0 < update.seconds["summing gradients"]
     assert update.memory["weights"] == 4 * P and update.memory["optimiser"] >= 8 * P
@@ -161,7 +161,7 @@ def within_limits(*words):
 
 def test_the_papers_run_on_64_gpus_is_planned_in_time_and_fits():
     found = within_limits("plan", "qwen3_30b_a3b", "--gpus", "64", "--gpu", "h100", "--json")
-    assert found["fits"] and found["route bytes a token"] == 384 and found["responses"] == 1024
+    assert found["fits"] and found["route bytes per token"] == 384 and found["responses"] == 1024
     # 64 divides every first dimension of this model, so shards are even; 1e-3 is room for what is
     # counted beside the parameters: rotary tables, and a counter of 4 bytes for each of AdamW's tensors
     phases = {phase["name"]: phase for phase in found["phases"]}

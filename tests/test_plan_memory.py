@@ -14,14 +14,14 @@ from minirl_nb.plan import Cluster, GiB, shape
 def test_the_largest_micro_batch_is_the_largest(mixture, offload):
     cluster = replace(Cluster.with_gpus("h100", 8), memory=6 * GiB)
     found = plan.plan(small(mixture, **{"parallel.offload": offload}), cluster)
-    most = int(found.numbers["largest micro-batch"])
+    largest = int(found.numbers["largest micro-batch"])
 
     def needed(width):
         row = {"batch.tokens": width, "rollout.max_new_tokens": width - 200}
         config = small(mixture, **row, **{"parallel.offload": offload})
         return plan.plan(config, cluster, search=False).phase("update").total
 
-    assert most > 4096 and needed(most) <= cluster.memory < needed(int(1.05 * most))
+    assert largest > 4096 and needed(largest) <= cluster.memory < needed(int(1.05 * largest))
 
 
 def test_offload_moves_states_to_the_host(mixture):

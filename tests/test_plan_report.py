@@ -20,7 +20,7 @@ def test_all_phases_add_up_and_say_so(mixture):
     numbers = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert numbers["seconds"] == pytest.approx(sum(p["time"] for p in numbers["phases"]))
     assert numbers["gpu hours a gradient step"] == pytest.approx(numbers["seconds"] * 8 / 3600)
-    assert numbers["route bytes a token"] == 3 * 2
+    assert numbers["route bytes per token"] == 3 * 2
     text = found.report()
     for word in (
         "weights",

@@ -28,7 +28,7 @@ def test_lengths_have_the_mean_that_was_asked_for(n, m):
     st.integers(1, 16),
 )
 @settings(max_examples=80, deadline=None)
-def test_an_engine_finishes_within_its_cache(length, prompt, capacity, most):
+def test_an_engine_finishes_within_its_cache(length, prompt, capacity, max_running):
     seen = []
 
     def step(b, tokens):
@@ -36,13 +36,15 @@ def test_an_engine_finishes_within_its_cache(length, prompt, capacity, most):
         return float(b)  # a second for each response: total tokens, in the end
 
     length = np.array(length)
-    out = decode(length, prompt, capacity, most, step, lambda tokens: 0.0)
+    out = decode(length, prompt, capacity, max_running, step, lambda tokens: 0.0)
     assert out.seconds == pytest.approx(length.sum()) and out.tokens == length.sum()
-    assert out.cached <= capacity and max(seen) <= most and out.steps >= length.max()
+    assert out.cached <= capacity and max(seen) <= max_running and out.steps >= length.max()
     free = decode(length, prompt, 10**9, 10**6, lambda b, tokens: 1.0, lambda tokens: 0.0)
     assert free.steps == length.max() and free.evicted == 0
     assert math.isinf(
-        decode(length, prompt, prompt + length.max() - 1, most, step, lambda tokens: 0.0).seconds
+        decode(
+            length, prompt, prompt + length.max() - 1, max_running, step, lambda tokens: 0.0
+        ).seconds
     )
 
 

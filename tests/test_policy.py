@@ -149,13 +149,13 @@ def usual(hidden, weight, labels):
 
 
 def test_peak_memory_is_a_tenth_of_log_softmax_at_a_real_vocabulary():
-    few, many = (
+    chunked, plain = (
         step(ours, "meta", 4096)[0],
         step(usual, "meta", 4096)[0],
     )  # with entropy, and without
-    assert many > 3 * 4096 * 151_936 * 4 * 0.99, "logits, their log-softmax and its gradient"
-    assert few <= many / 10
-    assert few <= 151_936 * 256 * 4 + 4096 * 256 * 4 + 3.5 * CHUNK * 4, (
+    assert plain > 3 * 4096 * 151_936 * 4 * 0.99, "logits, their log-softmax and its gradient"
+    assert chunked <= plain / 10
+    assert chunked <= 151_936 * 256 * 4 + 4096 * 256 * 4 + 3.5 * CHUNK * 4, (
         "the two gradients and three chunks"
     )
 

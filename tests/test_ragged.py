@@ -33,9 +33,9 @@ def test_ragged_agrees_with_lists_of_rows(dtype, lengths, data):
     assert s.dtype == dtype and [x.tolist() for x in s.rows()] == [lists[b] for b in rows] == [
         r[b].tolist() for b in rows
     ]
-    wide = max(lengths, default=0) + data.draw(st.integers(0, 3))
-    padded = r.padded(wide)
-    assert padded.shape == (len(lengths), wide, 3, 2) and padded.dtype == dtype
+    width = max(lengths, default=0) + data.draw(st.integers(0, 3))
+    padded = r.padded(width)
+    assert padded.shape == (len(lengths), width, 3, 2) and padded.dtype == dtype
     back = Ragged.pack(padded, r.length)
     assert (
         torch.equal(back.values, r.values)

@@ -221,8 +221,10 @@ def test_the_ablations_of_figures_2_to_4(local):
 
 def test_the_problem_command_of_the_recipe(tmp_path):
     text = train.recipes()["qwen3_30b_a3b"].read_text(encoding="utf-8")
-    source, *rest = re.search(r"minirl problems (.+)", text)[1].split()
-    config = train.parse_config(selection.ProblemsConfig(), ["--source", source, *rest], "recipe")
+    source, *options = re.search(r"minirl problems (.+)", text)[1].split()
+    config = train.parse_config(
+        selection.ProblemsConfig(), ["--source", source, *options], "recipe"
+    )
     assert config == selection.ProblemsConfig()
 
 

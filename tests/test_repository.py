@@ -47,8 +47,9 @@ def test_a_module_imports_only_modules_of_lower_pages(module):
     "Wherever the import stands: inside functions too."
     pages, files = floors.module_pages(), floors.module_files()
     for target, line in floors.imports(module, files):
-        here, there = pages.get(module, ""), pages.get(target, "")
-        assert there < here, f"{module} (page {here}), line {line}, imports {target} (page {there})"
+        own_page, target_page = pages.get(module, ""), pages.get(target, "")
+        said = f"{module} (page {own_page}), line {line}, imports {target} (page {target_page})"
+        assert target_page < own_page, said
 
 
 def test_no_imports_in_a_circle():
@@ -180,16 +181,60 @@ def test_names_say_what_they_name(path):
     assert not found, found
 
 
+# A chain is the word for page 02b's Markov chain and for a written multiplication. The other two
+# are still to be renamed.
+NAMES_LEFT = {("10_rollout", "many"), ("11f_vllm_base", "held")}
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: path.name)
+def test_names_of_pages_and_tests_say_what_they_name(path):
+    if path.suffix == ".py":
+        sources = [path.read_text(encoding="utf-8")]
+    else:
+        sources = [text(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+    trees = [ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M)) for source in sources]
+    given = {name for tree in trees for name, _ in names_given(tree)}
+    found = given & (NAMES_THAT_SAY_NOTHING - {"chain"})
+    assert not {name for name in found if (path.stem, name) not in NAMES_LEFT}, found
+
+
 def test_the_reader_of_names_sees_every_form():
     source = "class A:\n def b(self, c, *d, e=0):\n  f, *g = c\n  self.h = [i for i in d]\n  x(j=e)"
     assert {name for name, _ in names_given(ast.parse(source))} == set("Abcdefghi") | {"self"}
 
 
+# ------------------------------------------------------------------------------------------- words
+# Words and turns for which plain English has others: predict, show, "per token". Quotations of other
+# people's texts would be exempt; there are none.
+ODD_WORDS = re.compile(
+    r"\b(foret(ell|ells|elling|old)|foresee(n|s)?|convict(s|ed)?|witness(es|ed)?"
+    r"|(bits|bytes|experts|nats|samples|choices|flips|operations|parameters|responses) a "
+    r"(token|weight|problem|matrix|rank|row|step|gradient step|mini-batch|arm|layer)"
+    r"|without a word|nobody takes)\b"
+)
+WORDS_LEFT = {"07a_replay": ["experts a token"], "routing": ["experts a token"]}  # to be renamed
+
+
+def sentences(path):
+    "What a file says to a reader: a page's cells, a module's comments, docstrings and messages."
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
+    return "\n".join(text(cell) for cell in cells(path))
+
+
+@pytest.mark.parametrize(
+    "path", [*PAGES, *MODULES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
+def test_sentences_use_plain_words(path):
+    found = [" ".join(match[0].split()) for match in ODD_WORDS.finditer(sentences(path))]
+    assert found == WORDS_LEFT.get(path.stem, []), found
+
+
 # -------------------------------------------------------------------------------- the way through
-def test_a_rollout_step_takes_one_room_a_phase_below_the_loop():
+def test_a_rollout_step_takes_one_module_per_phase_below_the_loop():
     "The path that the front page names: every phase of the loop, one module each, in lower pages."
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    (path,) = re.findall(r"One rollout step takes one room a phase, .*?: (.*?)\. ", text)
+    (path,) = re.findall(r"One rollout step takes one module per phase, .*?: (.*?)\. ", text)
     named = re.findall(r"(\w+) in `([\w.]+)`", path)
     assert len(named) == path.count("`") // 2  # nothing but a phase and its room
     assert [phase for phase, _ in named] == ["sample", "verify", "recompute", "update", "transfer"]

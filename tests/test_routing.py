@@ -108,7 +108,7 @@ def test_recomputation_is_not_recorded():
 
 
 # ------------------------------------------------------------------------------------------- faults
-def _wrong(kind, routes, valid, layer, b, t):
+def spoiled(kind, routes, valid, layer, b, t):
     """(routes, valid, what the message must say)"""
     name = f"model.layers.{layer}.mlp.gate"
     row = routes[b, t, layer]
@@ -119,7 +119,7 @@ def _wrong(kind, routes, valid, layer, b, t):
     if kind == "layers":
         return routes[:, :, :-1], valid, "L = 3 routers"
     if kind == "k":
-        return routes[..., :-1], valid, "K = 3 experts a token"
+        return routes[..., :-1], valid, "K = 3 experts per token"
     if kind == "valid shape":
         return routes, valid[:, :-1], r"valid is torch.bool \[2, 8\]"
     if kind == "valid dtype":
@@ -154,7 +154,7 @@ MODEL = qwen()
     st.integers(0, 1000),
 )
 def test_wrong_routes_are_refused_by_layer_and_value(kind, layer, b, t, seed):
-    routes, valid, message = _wrong(kind, drawn(seed), VALID.clone(), layer, b, t)
+    routes, valid, message = spoiled(kind, drawn(seed), VALID.clone(), layer, b, t)
     with pytest.raises(ValueError, match=message):
         replay(MODEL, routes, valid)
     assert "forward" not in MODEL.model.layers[0].mlp.gate.__dict__

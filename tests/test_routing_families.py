@@ -373,7 +373,7 @@ def table():
         f"{transformers.__version__} on tiny models with random weights, one for each family that "
         "has a causal language model with routed experts: "
         f"{len(rows)} found, {len(good)} pass, {len(rows) - len(good)} refused or failing. "
-        "L: routers of the tiny model; E: experts; K: experts a token.",
+        "L: routers of the tiny model; E: experts; K: experts per token.",
         "",
     ]
     lines += [f"- ({name}) {text}" for name, text in CHECKS.items()]

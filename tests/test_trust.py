@@ -86,9 +86,9 @@ def test_minirls_clip_is_a_setting_to_the_bit(b, ratio, bounds, dtype):
     same order.
     """
     b = b.to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    at_least_float32 = torch.promote_types(dtype, torch.float32)
     mask, a = b.response_mask, b.advantage[:, None]
-    log_r = torch.where(mask, b.logp.to(wide) - b.logp_old.to(wide), 0.0)
+    log_r = torch.where(mask, b.logp.to(at_least_float32) - b.logp_old.to(at_least_float32), 0.0)
     if ratio == "sequence":
         log_r = (log_r.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(
             a * log_r

@@ -346,9 +346,9 @@ class TestFP8:
         engine, model = engines("qwen3_moe", scheme)
         reference = TorchEngine(model, fp8=scheme, routes=True)
         own = dict(reference.model.named_parameters())
-        held = inside(engine, lambda m: {k: v.clone() for k, v in m.named_parameters()})
+        held_before = inside(engine, lambda m: {k: v.clone() for k, v in m.named_parameters()})
         seen = 0
-        for name, w in held.items():
+        for name, w in held_before.items():
             parent, _, last = name.removesuffix(".weight").rpartition(".")
             parts = {
                 "qkv_proj": ("q_proj", "k_proj", "v_proj"),

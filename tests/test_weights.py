@@ -31,15 +31,23 @@ ALL = [TIS(5.0), MIS(2.0), IcePop(0.5, 5.0), Clamp(0.8, 1.27), Geometric(0.9, 1.
 @PROPERTY
 @given(batches)
 def test_eq5_factorises(b):
-    def of(kind):
+    def weight(kind):
         return log_weight(kind, **b.policies())
 
     # three subtractions of numbers below 20 in size: a few units of rounding of 20
-    torch.testing.assert_close(of("pi/mu"), of("old/mu") + of("pi/old"), rtol=0, atol=100 * EPS)
-    torch.testing.assert_close(of("sequence")[:, 0], of("pi/mu").sum(-1), rtol=0, atol=100 * EPS)
+    torch.testing.assert_close(
+        weight("pi/mu"), weight("old/mu") + weight("pi/old"), rtol=0, atol=100 * EPS
+    )
+    torch.testing.assert_close(
+        weight("sequence")[:, 0], weight("pi/mu").sum(-1), rtol=0, atol=100 * EPS
+    )
     # the product up to the last token is that of the whole response
-    torch.testing.assert_close(of("prefix")[:, -1], of("sequence")[:, -1], rtol=0, atol=100 * EPS)
-    torch.testing.assert_close(of("geometric"), sequence_mean(of("pi/old"), mask=b.response_mask))
+    torch.testing.assert_close(
+        weight("prefix")[:, -1], weight("sequence")[:, -1], rtol=0, atol=100 * EPS
+    )
+    torch.testing.assert_close(
+        weight("geometric"), sequence_mean(weight("pi/old"), mask=b.response_mask)
+    )
 
 
 @PROPERTY
@@ -55,14 +63,14 @@ def test_factors_add_up_to_the_weight(b, kind):
 @PROPERTY
 @given(batches, st.sampled_from(WEIGHTS), st.sampled_from([math.nan, math.inf, -math.inf, 3.0]))
 def test_padding_never_enters(b, kind, junk):
-    T, wide = b.logp.shape[1], b.padded(3, junk)
+    T, padded = b.logp.shape[1], b.padded(3, junk)
     a = log_weight(kind, **b.policies())
-    p = log_weight(kind, **wide.policies())
+    p = log_weight(kind, **padded.policies())
     torch.testing.assert_close(p[:, :T][b.response_mask], a[b.response_mask])
     for cut in ALL:
-        for x, y in zip(cut(a, mask=b.response_mask), cut(p, mask=wide.response_mask)):
+        for x, y in zip(cut(a, mask=b.response_mask), cut(p, mask=padded.response_mask)):
             torch.testing.assert_close(y[:, :T][b.response_mask], x[b.response_mask])
-        assert not cut(p, mask=wide.response_mask)[1][~wide.response_mask].any()
+        assert not cut(p, mask=padded.response_mask)[1][~padded.response_mask].any()
 
 
 def test_log_ratio_is_at_least_float32_and_carries_its_gradient():
@@ -398,13 +406,13 @@ def test_whole_responses_of_a_long_batch():
 def test_on_an_accelerator():
     b = make(2, B=32, T=32)
     here = b.to(torch.float32)
-    there = here.map(lambda x: x.cuda())
+    on_gpu = here.map(lambda x: x.cuda())
     for kind in WEIGHTS:
         for cut in ALL:
             cpu, gpu = (
                 cut(log_weight(kind, **x.policies()), mask=x.response_mask)[0]
-                for x in (here, there)
+                for x in (here, on_gpu)
             )
             torch.testing.assert_close(gpu.cpu(), cpu)
-    cpu, gpu = diagnostics(**here.policies()), diagnostics(**there.policies())
+    cpu, gpu = diagnostics(**here.policies()), diagnostics(**on_gpu.policies())
     assert gpu == {k: pytest.approx(v, rel=1e-5, abs=1e-7) for k, v in cpu.items()}

@@ -1,6 +1,6 @@
 """**Claim.** A trainer that generates with a Hugging Face model needs no change to give R3 what it
 needs: hooks on the generating forwards see the experts and the log-probability of every sampled
-token, whatever the padding. Refuted by a token whose recorded experts or log-probability are not
+token, whatever the padding. Refuted by: a token whose recorded experts or log-probability are not
 those of the forward that sampled it.
 
 Users of TRL, verl, SkyRL and transformers ask for routing replay outside of Megatron. The pages

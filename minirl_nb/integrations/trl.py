@@ -1,9 +1,8 @@
 """**Claim.** A class that stands before TRL's `GRPOTrainer` in the list of bases gives it R2, R3,
 MiniRL's objective and every diagnostic of this library, and on one batch it makes the loss, the
 gradient and the routes of this library's own loop, to rounding. With replay off and no objective,
-TRL's numbers keep every bit. Refuted by a replayed choice that differs from the given one, by a
-loss or gradient off by more than rounding, or by a bit that changes where the class was asked only
-to look.
+TRL's numbers keep every bit. Refuted by: a replayed choice that differs from the given one, a loss
+or gradient off by more than rounding, or a bit that changes where the class was asked only to look.
 
 `MiniRL` is that class. TRL 1.16 was read and is tested; another version is warned of, and one that
 lacks a needed method is refused (page 18_trl_checks).

@@ -1,6 +1,6 @@
 """**Claim.** A TRL without a method that replay needs, and every setting that would act on a loss
 or a distribution which the objective replaces or assumes, is refused in one sentence before
-anything is computed. Refuted by a run that starts with one of them and ignores it.
+anything is computed. Refuted by: a run that starts with one of them and ignores it.
 
 The class of page 18a_trl stands on private methods of TRL and takes the place of its loss. This
 page holds the questions that it asks first. They look at names and settings alone, so nothing here

@@ -1,6 +1,6 @@
 """**Claim.** A policy loss in verl's registry is enough for Eq. 7: it makes the loss and gradient
 of this library's objective, for any split into micro-batches and over data-parallel ranks. verl's
-own presets do not. Refuted by a gradient off by more than rounding, or by a preset with Eq. 7's
+own presets do not. Refuted by: a gradient off by more than rounding, or a preset with Eq. 7's
 gradient on a batch where a weight is truncated and a token clipped.
 
 verl hands a policy loss five tensors: the log-probabilities of pi_old and pi, advantages, the mask,

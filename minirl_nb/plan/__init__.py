@@ -250,7 +250,7 @@ def _numbers(case: Case, phases: list[Phase], evaluation_hours: float) -> dict[s
         "gpu hours": hours * gpus,
         "evaluation hours": evaluation_hours,
         "longest": float(case.longest),
-        "route bytes a token": float(case.model.route_bytes),
+        "route bytes per token": float(case.model.route_bytes),
     }
 
 # %% ../../nbs/16g_plan.ipynb #ad591eae

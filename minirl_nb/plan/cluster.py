@@ -39,7 +39,7 @@ class Gpu:
     """Bytes a second to the other GPUs of its node: NVLink, or PCIe where there is none."""
     network: float
     """Bytes a second to other nodes: its share of the network cards of the usual server (400 or
-    200 Gbit/s a GPU)."""
+    200 Gbit/s per GPU)."""
     pcie: float
     """Bytes a second to host memory."""
 

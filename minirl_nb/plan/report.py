@@ -1,5 +1,5 @@
 """**Claim.** Whatever does not fit, or costs too much, is said in one sentence with the setting
-that helps. A plan that does not fit and gives no such sentence refutes it.
+that helps. Refuted by: a plan that does not fit and gives no such sentence.
 
 This module holds the result of a plan: its phases and numbers, the table that is printed, and the
 warnings.

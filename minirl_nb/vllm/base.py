@@ -1,6 +1,6 @@
 """**Claim.** Wherever vLLM runs, sampling, loading and verification are one piece of code; an
-engine only says how requests get to vLLM and how weights do. False if a mishap in one of them (a
-bad tensor, a dead process) leaves an engine that answers wrongly.
+engine only says how requests get to vLLM and how weights do. Refuted by: a failure in one of them
+(a bad tensor, a dead process) that leaves an engine that answers wrongly.
 
 This module holds `VLLMBase`, the part of an engine that does not depend on where vLLM runs: in this
 process, in another one, or on another machine.

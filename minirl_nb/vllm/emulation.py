@@ -1,5 +1,6 @@
 """**Claim.** Inside vLLM, emulated FP8 rounds what page 08 rounds, with the same functions, at
-every load. False if a weight or an activation is rounded otherwise than on the Hugging Face side.
+every load. Refuted by: a weight or an activation that is rounded otherwise than on the Hugging Face
+side.
 
 This module holds the quantisation method that vLLM gets where there are no FP8 kernels. On a GPU
 `fp8_per_block` and its kin are vLLM's own.

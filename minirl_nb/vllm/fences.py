@@ -1,6 +1,6 @@
 """**Claim.** vLLM can run inside another program without changing it: environment, stdout,
-temporary folder and threads are afterwards what they were. False if one of them differs when a
-fence is left, also by an error.
+temporary folder and threads are afterwards what they were. Refuted by: one of them that differs
+after a fence is left, also after an error.
 
 This module holds the context managers that stand around every call into vLLM.
 """

@@ -1,6 +1,6 @@
 """**Claim.** Every name of vLLM that this package touches stands in one table, and an engine does
-not start with a vLLM in which one of them is gone or takes other arguments. False if a renamed
-function is noticed only when it is called.
+not start with a vLLM in which one of them is gone or takes other arguments. Refuted by: a renamed
+function that is noticed only when it is called.
 
 This module holds the table and its check. vLLM changes every few weeks, and most of what is needed
 here is no public interface of it. `tests/check_vllm_sources.py` reads the same table against the

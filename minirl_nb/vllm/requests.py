@@ -1,10 +1,10 @@
 """**Claim.** vLLM can be the rollout engine without changing the method. In float32 its
 log-probabilities are the trainer's to rounding. In emulated FP8 it is the trainer's own emulation,
 except for numbers on the edge of two codes, and replaying the experts that it recorded lowers the
-discrepancy. False if a float32 route differs, or if replay does not lower k3.
+discrepancy. Refuted by: a float32 route that differs, or a replay that does not lower k3.
 
 This module says how vLLM is started and asked so that its responses can be trained on, and makes a
-rollout of its answers. The rooms behind it hold the internals: the names of vLLM that must exist,
+rollout of its answers. The pages behind it hold the internals: the names of vLLM that must exist,
 emulated FP8, the worker, the transfer of weights and its verification, what all engines share, the
 fences around vLLM, the engine, a server on another machine, and an engine of several servers.
 

@@ -1,7 +1,8 @@
 """**Claim.** Where vLLM runs does not matter. A rollout from any number of `vllm serve` processes
 has the tokens, the log-probabilities (to rounding) and the experts of an engine inside the trainer.
 Its weights are verified matrix by matrix as there, and no response of a server that lost its
-weights is ever trained on. False if a token differs, or if a restarted server answers unnoticed.
+weights is ever trained on. Refuted by: a token that differs, or a restarted server that answers
+unnoticed.
 
 This module holds `ServedEngine`. Inside the ranks (engine) vLLM and the trainer take turns on the
 same GPUs. Apart, each has its own: the trainer is sized for training, and as many servers are

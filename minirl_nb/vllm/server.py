@@ -1,6 +1,6 @@
 """**Claim.** A server needs nothing of ours but the methods of its workers: it is started by one
 line of vLLM's own command, and every failure on the wire to it becomes one sentence with its
-address. False if the line hides a setting, or if a dead server is waited for.
+address. Refuted by: a setting that the line hides, or a dead server that the trainer waits for.
 
 This module holds the command that starts a server, and the wire to it. The next one makes an engine
 of several servers.

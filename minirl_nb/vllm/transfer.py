@@ -1,6 +1,6 @@
 """**Claim.** A transfer that leaves one matrix behind, spoils one expert, or exchanges two layers
 is caught, and the tensor is named, before anything is sampled. No full copy of the model is needed
-for that. False if a stale matrix goes unnoticed.
+for that. Refuted by: a stale matrix that goes unnoticed.
 
 This module holds the trainer's side of a transfer: the stream of tensors, their names, and what the
 matrices inside vLLM should answer. Three decisions carry it.

@@ -1,6 +1,6 @@
 """**Claim.** Every matrix inside vLLM can be asked what it makes of a known random vector, whatever
 its packing, fusion or quantisation, and each row of the matrix shows in its own number of the
-answer. False if a matrix can change without changing its answer.
+answer. Refuted by: a matrix that changes without changing its answer.
 
 This module holds the methods that run where vLLM's model lives, in this process or in another one:
 load weights, describe the worker, answer questions about matrices. Workers call them by name, with

@@ -93,7 +93,7 @@ def load():
 
 @torch.no_grad()
 def rounding():
-    rows, many = [], lambda f: lambda: [f() for _ in range(20)]
+    rows, repeated = [], lambda f: lambda: [f() for _ in range(20)]
     for shape in ((256, 64), (512, 32), (4096, 64)):
         x = torch.randn(shape)
 
@@ -108,7 +108,7 @@ def rounding():
             "with torch's 8-bit casts": cast,
             "copy": x.clone,
         }
-        s = best({k: many(f) for k, f in sides.items()})
+        s = best({k: repeated(f) for k, f in sides.items()})
         rows += [
             (f"{shape[0]} x {shape[1]} activations, {k}", 1e6 * v / 20, "us", "")
             for k, v in s.items()

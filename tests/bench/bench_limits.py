@@ -109,7 +109,7 @@ class Work:
     cache: int  # numbers that a token leaves in the cache
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Work":
+    def from_model(cls, model: nn.Module) -> "Work":
         from minirl_nb.plan.case import shape
 
         c, found = model.config, shape(model.config)
@@ -132,10 +132,12 @@ class Work:
 
     def decoding(self, rows: int, context: float, size: int) -> tuple[float, float]:
         "Operations and bytes of one token for each row: experts that no row chose are not read."
-        rest = self.active - (self.experts * self.K // self.E if self.E else 0)
+        without_experts = self.active - (self.experts * self.K // self.E if self.E else 0)
         used = 1 - (1 - self.K / self.E) ** rows if self.E else 0.0
         operations = 2.0 * self.active * rows + 4.0 * self.attention * rows * context
-        return operations, size * (rest + used * self.experts + self.cache * rows * context)
+        return operations, size * (
+            without_experts + used * self.experts + self.cache * rows * context
+        )
 
 
 def tokens_of(model: nn.Module, rows: int, width: int) -> Tensor:
@@ -215,7 +217,7 @@ def _train_rows(models: dict, tokens: Tensor, peak: float, rounds: int) -> list[
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
     for name, model in models.items():
-        work = Work.of(model).forward(*tokens.shape)
+        work = Work.from_model(model).forward(*tokens.shape)
         optimizer = optimizer_of(model)
         sides = {"training step": training(model, optimizer, tokens)}
         if name == "mixture":
@@ -260,7 +262,7 @@ def _decode_rows(
     "Decoding against the roofline over batch sizes; prefill; what emulated FP8 adds."
     from minirl_nb.rollout import Sampling, TorchEngine
 
-    work, size, prompt = Work.of(model), model.dtype.itemsize, 16
+    work, size, prompt = Work.from_model(model), model.dtype.itemsize, 16
     never = model.config.vocab_size  # no token has this number: a response never ends
     options = {"eos_token_id": never, "pad_token_id": 0, "max_batch": max(batches)}
     engines = {k: TorchEngine(model, k, **options) for k in (None, "fp8_per_channel")}

@@ -72,12 +72,12 @@ def resident(name):
 
 def memory():
     "Rows (label, value, unit, goal) of the front page's table."
-    few, many = live("chunked"), live("log_softmax")
+    chunked, plain = live("chunked"), live("log_softmax")
     grown, seconds = resident("chunked")
     return [
-        ("policy, log_softmax: peak of live tensors", many / 2**20, "MiB", ""),
-        ("policy, chunked: peak of live tensors", few / 2**20, "MiB", ""),
-        ("policy, chunked / log_softmax", 100 * few / many, "%", "<= 10"),
+        ("policy, log_softmax: peak of live tensors", plain / 2**20, "MiB", ""),
+        ("policy, chunked: peak of live tensors", chunked / 2**20, "MiB", ""),
+        ("policy, chunked / log_softmax", 100 * chunked / plain, "%", "<= 10"),
         ("policy, chunked: growth of resident memory, a real run", grown / 2**20, "MiB", ""),
         ("policy, chunked: that run's forward and backward", seconds, "s", ""),
     ]

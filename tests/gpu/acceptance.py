@@ -88,16 +88,16 @@ class Result:
         return not self.error and bool(judged) and all(judged)
 
 
-def unpack(folder: Path, into: Path) -> None:
+def unpack(folder: Path, target: Path) -> None:
     "Put the packages of all wheels of a folder on the path, of this process and of its children."
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise SystemExit(f"--wheels: there is no wheel in {folder}")
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as packed:
-            packed.extractall(into)
-    sys.path.insert(0, str(into))
-    add_to_path(into)
+            packed.extractall(target)
+    sys.path.insert(0, str(target))
+    add_to_path(target)
 
 
 def add_to_path(folder: Path) -> None:
@@ -152,14 +152,14 @@ def run_section(name: str, limit: float, method: str = "fork") -> Result:
     "One section, stopped after `limit` seconds."
     result, started = Result(name), time.monotonic()
     context = multiprocessing.get_context(method)
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_run_section, args=(name, there))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_section, args=(name, sender))
     process.start()
-    there.close()
+    sender.close()
     result.error = f"was stopped after {limit:.0f} s"
     try:
-        while here.poll(max(0.0, limit - (time.monotonic() - started))):
-            said = here.recv()
+        while receiver.poll(max(0.0, limit - (time.monotonic() - started))):
+            said = receiver.recv()
             if isinstance(said, str):
                 result.error = said
                 break
@@ -211,12 +211,12 @@ def _send_machine(pipe) -> None:
 def machine_of(method: str) -> dict[str, Any]:
     "`describe_machine` in a process of its own."
     context = multiprocessing.get_context(method)
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_send_machine, args=(there,))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_machine, args=(sender,))
     process.start()
-    there.close()
+    sender.close()
     try:
-        return here.recv()
+        return receiver.recv()
     finally:
         process.join()
 

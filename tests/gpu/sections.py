@@ -318,14 +318,14 @@ def training(place: Place, note: Note) -> None:
         "more logits": bench.training(*whole, chunk=2048),
     }
     seconds = bench.in_turns(sides, rounds, place.device)
-    step, wide = (statistics.median(seconds[name]) for name in ("live", "more logits"))
-    work = 3 * bench.Work.of(model).forward(*tokens.shape)
+    step, more_logits = (statistics.median(seconds[name]) for name in ("live", "more logits"))
+    work = 3 * bench.Work.from_model(model).forward(*tokens.shape)
     note("weights of the mixture", weights / 1e6, "million")
     note(f"matrix peak, {str(place.dtype)[6:]}", peak / 1e12, "TFLOP/s")
     note("gradient step: forward, loss, backward, AdamW", step, "s")
     note("tokens a second", tokens.numel() / step, "tokens/s")
     note("share of the matrix peak", 100 * work / step / peak, "%")
-    note("the same, 2,048 rows of logits at once", 100 * work / wide / peak, "%")
+    note("the same, 2,048 rows of logits at once", 100 * work / more_logits / peak, "%")
     more = bench.added(seconds, "replayed", "live")
     note("replay adds", more, "%", "<= 3", more <= 3 if place.card else None)
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
