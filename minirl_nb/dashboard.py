@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from . import theme
 from .checkpoint import write_atomically
 from .diagnose import diagnose
 from .logs import Log
@@ -44,7 +45,7 @@ class Panel:
     limit: float | None = None  # a line across
 
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = theme.CYCLE
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 PANELS = (
     Panel("Training reward", {"reward": ""}),
@@ -151,7 +152,7 @@ def _curves(panel: Panel, logs: Sequence[Log], last: int):
         tips = [(html.escape(log.name), "$name"), ("value", "@$name{0.0000}"), ("step", "@step")]
         chart.add_tools(HoverTool(renderers=own, tooltips=tips, visible=False))
     if panel.limit is not None:
-        chart.add_layout(Span(location=panel.limit, dimension="width", line_color="#999999"))
+        chart.add_layout(Span(location=panel.limit, dimension="width", line_color=theme.LIMIT))
     _place_legend(chart)
     return chart
 
@@ -249,9 +250,7 @@ def _seconds_chart(log: Log, last: int):
     data = {k.split("/")[1]: np.nan_to_num(_numbers(rows, k)).astype(np.float32) for k in keys}
     source = ColumnDataSource(data | {"step": _numbers(rows, "step")})
     chart = _figure(f"Seconds of a rollout step: {log.name}", last, metric(keys[0]).unit)
-    from bokeh.palettes import Category20
-
-    colors = Category20[20][: len(data)]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(data))]
     chart.varea_stack(
         list(data), x="step", source=source, color=colors, legend_label=list(data), alpha=0.8
     )

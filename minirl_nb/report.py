@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from . import evaluate
+from . import evaluate, theme
 from .checkpoint import newest_checkpoint, write_atomically
 from .config import RunConfig
 from .metrics import metric
@@ -112,18 +112,17 @@ def _moving_mean(y: Sequence[float], share: float = 0.1) -> list[float]:
 
 
 def _plot_accuracy(ax, evaluations: Sequence[dict]) -> None:
-    markers = iter("os^Dvx*P")
     first = evaluations[0] if evaluations else {}
     for numerics, style in (("train", "-"), ("rollout", ":")):
         names = [k for k in first if k.startswith(f"accuracy/{numerics}/")]
-        for shade, key in zip((0.0, 0.35, 0.6) * 3, names):
-            label = key.split("/")[-1] + ("" if numerics == "train" else ", rollout")
+        look = theme.looks([key.split("/")[-1] for key in names])
+        for key, (label, own) in zip(names, look.items()):
             x, y = [r["step"] for r in evaluations], [r[key] for r in evaluations]
-            ax.plot(x, y, style, color=str(shade), marker=next(markers), ms=4, label=label)
+            named = None if label in {line.get_label() for line in ax.lines} else label
+            ax.plot(x, y, marker="o", label=named, **own | {"linestyle": style})
     accuracy = metric("accuracy/train/easy").title
     ax.set(xlabel=metric("step").title, title=accuracy, ylim=(0, 1))
-    if ax.lines:
-        ax.legend(fontsize=6, ncols=2, loc="upper left")
+    theme.name_curves(ax)
 
 # %% ../nbs/14f_report.ipynb #b92b1292
 def plot_run(
@@ -132,26 +131,26 @@ def plot_run(
 ):  # the path, or the figure if none was given
     "Reward, accuracy, entropy and KL over gradient steps, as the paper's figures show them."
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
     steps = [r for r in rows if r["kind"] == "step"]
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
-        fig, axes = plt.subplots(1, 4, figsize=(11, 2.6), dpi=75, layout="constrained")
+    with theme.themed():
+        fig, axes = plt.subplots(1, 4, figsize=(11, 2.6))
         x = [r["step"] for r in steps]
         for ax, key in ((axes[0], "reward"), (axes[2], "entropy"), (axes[3], "kl")):
             y = np.array([r[key] for r in steps], dtype=float)  # None, not measured, becomes NaN
-            ax.plot(x, y, color="0.75", lw=0.8)
+            ax.plot(x, y, color=theme.FAINT, lw=0.8)
             label = "k1" if key == "kl" else None
-            ax.plot(x, _moving_mean(y), color="0.1", lw=1.5, label=label)
+            ax.plot(x, _moving_mean(y), color=theme.STRONG, label=label)
             ax.set(xlabel=metric("step").title, title=metric(key).label)
         k3 = _moving_mean(np.array([r["k3"] for r in steps], dtype=float))
-        axes[3].plot(x, k3, ":", color="0.1", lw=1.5, label="k3")
-        axes[3].legend(fontsize=6)
+        axes[3].plot(x, k3, ":", color=theme.STRONG, label="k3")
+        theme.name_curves(axes[3])
         _plot_accuracy(axes[1], [r for r in rows if r["kind"] == "evaluation"])
     if path is None:
         return fig
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=160)
+    with theme.themed():
+        fig.savefig(path, dpi=160)
     plt.close(fig)
     return Path(path)
 

@@ -28,6 +28,7 @@ import yaml
 from .config import RunConfig
 from .parsing import parse_config
 from .metrics import metric
+from . import theme
 from .precision import interval
 from .problem_files import data_path
 from .report import read_rows
@@ -295,28 +296,26 @@ def plot_study(
     settings = list(settings or table["setting"].unique())
     arms = list(arms or table["arm"].unique())
     drawn = curves(table[table["setting"].isin(settings) & table["arm"].isin(arms)], outcome)
-    colours = dict(zip(arms, sns.color_palette("colorblind", len(arms))))
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper"):
+    looks = theme.looks(arms)
+    with theme.themed():
         size = (2.6 * len(PANELS), 2.3 * len(settings) + 0.4)
-        fig, axes = plt.subplots(
-            len(settings), len(PANELS), figsize=size, dpi=60, layout="constrained", squeeze=False
-        )
+        fig, axes = plt.subplots(len(settings), len(PANELS), figsize=size, dpi=60, squeeze=False)
         for row, setting in zip(axes, settings):
             for ax, panel in zip(row, PANELS):
                 own = drawn[(drawn["setting"] == setting) & (drawn["panel"] == panel)]
-                columns = {"x": "step", "y": "value", "hue": "arm", "hue_order": arms}
-                look = {"palette": colours, "errorbar": _t_band, "legend": False, "ax": ax}
-                sns.lineplot(own, **columns, **look)
+                for arm in arms:
+                    columns = {"x": "step", "y": "value", "errorbar": _t_band, "ax": ax}
+                    sns.lineplot(own[own["arm"] == arm], **columns, **looks[arm])
                 ax.set(xlabel="", ylabel="", title=f"{setting}: {_title(panel)}")
                 ax.title.set_fontsize(8)
                 if panel == "kl":
                     ax.set_yscale("log")
                 if panel == "validity/local_shift":
-                    ax.axhline(VALIDITY_LIMIT, color="0.4", lw=0.8, ls="--")
+                    ax.axhline(VALIDITY_LIMIT, color=theme.LIMIT, lw=0.8, ls="--")
         for ax in axes[-1]:
             ax.set_xlabel("gradient step")
-        handles = [plt.Line2D([], [], color=colours[a], label=a) for a in arms]
-        fig.legend(handles=handles, loc="outside lower center", ncols=len(arms), frameon=False)
+        handles = [plt.Line2D([], [], label=a, **looks[a]) for a in arms]
+        fig.legend(handles=handles, loc="outside lower center", ncols=len(arms))
     return fig
 
 # %% ../nbs/15b_results.ipynb #7b1dca5e

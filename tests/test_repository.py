@@ -295,6 +295,32 @@ def test_no_star_imports_pickle_or_remote_code(path):
                 assert k.arg != "trust_remote_code", f"trust_remote_code, line {node.lineno}"
 
 
+# Pages that still choose colours or a theme themselves. This list may only get shorter.
+OWN_LOOK = set(
+    """00_exact 00_one_page 01_first_order 02_weights 02b_validity 02c_trust_region 03_clipping
+    04_objective 04b_without_weight 04d_bridge 04e_trust_regions_compared 04f_prefix_weight 05_batch
+    06_policy 06b_packed 07_routing 07b_when_replay_harms 08_bits 08_e4m3 08_formats 08_fp8
+    09_verification 09a_arithmetic 09c_benchmarks 10_rollout 10b_routing_in_practice 11_vllm
+    12_coldstart 12d_replay_at_depth 13_evaluate 13c_precision 14d_parallel 16g_plan
+    24_real_model""".split()
+)
+LOOK = re.compile(
+    r"set_theme|set_style|rcParams|plt\.style|color_palette|palettes|cmap="
+    r"""|colou?r=["']|["']#[0-9a-fA-F]{6}["']"""
+)
+
+
+def test_colours_and_sizes_come_from_the_theme():
+    own = {
+        page.stem
+        for page in PAGES
+        if page.stem != "00_theme"
+        and any(c["cell_type"] == "code" and LOOK.search(text(c)) for c in cells(page))
+    }
+    assert not own - OWN_LOOK, f"take colours and theme from `theme`: {sorted(own - OWN_LOOK)}"
+    assert not OWN_LOOK - own, f"strike them off the list: {sorted(OWN_LOOK - own)}"
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p.name != "index.ipynb"], ids=lambda p: p.stem
 )
