@@ -12,6 +12,8 @@ import floors
 import outputs
 import pytest
 
+from minirl_nb import sources
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = list(floors.module_files().values())
@@ -46,7 +48,7 @@ def test_each_module_has_one_page_and_every_page_a_number_or_is_the_index():
 def test_a_module_imports_only_modules_of_lower_pages(module):
     "Wherever the import stands: inside functions too."
     pages, files = floors.module_pages(), floors.module_files()
-    for target, line in floors.imports(module, files):
+    for target, line in sources.imports(module, files):
         here, there = pages.get(module, ""), pages.get(target, "")
         assert there < here, f"{module} (page {here}), line {line}, imports {target} (page {there})"
 
@@ -69,14 +71,14 @@ def test_the_reader_of_imports_sees_every_form(tmp_path):
     )
     (tmp_path / "pack" / "inner.py").write_text("from ..low import x\nfrom . import y\n")
     files = floors.module_files(tmp_path)
-    assert {t for t, _ in floors.imports("user", files)} == {
+    assert {t for t, _ in sources.imports("user", files)} == {
         "low",
         "mid",
         "high",
         "pack",
         "pack.inner",
     }
-    assert {t for t, _ in floors.imports("pack.inner", files)} == {"low", "pack"}
+    assert {t for t, _ in sources.imports("pack.inner", files)} == {"low", "pack"}
     assert floors.circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
     assert floors.levels({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 2, "b": 1, "c": 0}
 
