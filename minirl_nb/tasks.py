@@ -26,13 +26,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from .answers import RULES, Problem, Rules
-from minirl_nb.arithmetic import (
-    BENCHMARK_PROBLEMS,
-    TRAINING_PROBLEMS,
-    arithmetic_problems,
-    arithmetic_tokenizer,
-    verify_arithmetic,
-)
+from .arithmetic import BENCHMARK_PROBLEMS, TRAINING_PROBLEMS, arithmetic_problems
+from .arithmetic import arithmetic_tokenizer, verify_arithmetic
 from minirl_nb.problem_files import (
     FILES,
     ProblemsWarning,
