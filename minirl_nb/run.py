@@ -220,7 +220,7 @@ def _check_sizes(run: "Run") -> None:
 
 # %% ../nbs/14g_run.ipynb #eb613f5d
 def _joined_rows(given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    "Columns [b] and [b, T] of several ranks below each other, padded to the longest row."
+    "Columns [b, T], the first of them, and [b] of several ranks, padded to the longest row."
     T = max(columns[0].shape[1] for columns in given)
 
     def widen(x: Tensor) -> Tensor:
