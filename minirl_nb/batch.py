@@ -35,12 +35,41 @@ from .ragged import Ragged
 _all_ = ["Ragged"]
 
 # %% ../nbs/05_batch.ipynb #65e5762e
+class _Positions:
+    "The part of a `Rollout` that says what stands where; no second mask can disagree with it."
+
+    tokens: Tensor
+    prompt_length: Tensor
+    length: Tensor
+
+    @property
+    def response_mask(self) -> Tensor:
+        "bool [B, T]: true on sampled tokens, the end token included."
+        t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (t >= self.prompt_length[:, None]) & (t < self.length[:, None])
+
+    @property
+    def token_mask(self) -> Tensor:
+        "bool [B, T]: true on prompt and response, false on padding."
+        t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return t < self.length[:, None]
+
+    @property
+    def response_length(self) -> Tensor:
+        "int64 [B]: number of sampled tokens."
+        return self.length - self.prompt_length
+
+    def response(self, b: int) -> Tensor:
+        "int64 [response_length[b]]: the tokens that were sampled in row b."
+        return self.tokens[b, self.prompt_length[b] : self.length[b]]
+
+# %% ../nbs/05_batch.ipynb #378a12ff
 # the fields that hold a value for each token; those of the other fields belong to a response
 OF_A_TOKEN = ("tokens", "logp_mu", "routes", "routes_valid")
 
 
 @dataclass
-class Rollout:
+class Rollout(_Positions):
     """Responses of one rollout step, right-padded, with all that is later needed about each token.
 
     tokens: int64 [B, T], prompt then response then padding.
@@ -81,27 +110,6 @@ class Rollout:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    @property
-    def response_mask(self) -> Tensor:
-        "bool [B, T]: true on sampled tokens, the end token included."
-        t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return (t >= self.prompt_length[:, None]) & (t < self.length[:, None])
-
-    @property
-    def token_mask(self) -> Tensor:
-        "bool [B, T]: true on prompt and response, false on padding."
-        t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return t < self.length[:, None]
-
-    @property
-    def response_length(self) -> Tensor:
-        "int64 [B]: number of sampled tokens."
-        return self.length - self.prompt_length
-
-    def response(self, b: int) -> Tensor:
-        "int64 [response_length[b]]: the tokens that were sampled in row b."
-        return self.tokens[b, self.prompt_length[b] : self.length[b]]
-
     def select(self, rows: Tensor | Sequence[int]) -> "Rollout":
         "The given rows, in the given order, trimmed to the longest of them."
         rows = torch.as_tensor(rows, dtype=torch.long)
@@ -132,7 +140,7 @@ def validate(
     vocab_size: int | None = None,  # V, where token ids are to be checked
     experts: int | None = None,  # E, where routes are to be checked
 ) -> Rollout:  # the same object
-    "Raise ValueError, naming field, row and value, for what breaks the alignment rules of this "
+    "Raise ValueError, naming field, row and value, for what breaks the alignment rules of this"
     "page."
     _check_shapes(rollout)
     _check_tokens(rollout, vocab_size)
@@ -152,7 +160,7 @@ def _first(bad):
     "The first place where `bad` is true."
     return bad.nonzero()[0].tolist()
 
-
+# %% ../nbs/05_batch.ipynb #e3ef124f
 def _check_shapes(r):
     B, T = r.tokens.shape
     expected = {
@@ -192,7 +200,7 @@ def _check_tokens(r, vocab_size):
         token = int(r.tokens[b, t])
         _fail("tokens", f"[{b}, {t}] is {token}, outside the vocabulary of {vocab_size}")
 
-
+# %% ../nbs/05_batch.ipynb #eb3a410c
 def _check_logp_mu(r):
     mask = r.response_mask
     bad = mask & ~((r.logp_mu <= 0) & torch.isfinite(r.logp_mu))
@@ -245,7 +253,7 @@ def minibatches(
     n: int,  # N, number of mini-batches
     generator: torch.Generator | None = None,  # shuffles the groups; None keeps their order
 ) -> list[Tensor]:  # n tensors of row numbers, disjoint, together all rows
-    "Rows of N mini-batches of equally many whole groups. ValueError: N does not divide their "
+    "Rows of N mini-batches of equally many whole groups. ValueError: N does not divide their"
     "number."
     numbers, index = group.unique(return_inverse=True)
     G = len(numbers)

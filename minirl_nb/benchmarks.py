@@ -71,15 +71,7 @@ def answers_sha256(problems: Sequence[Problem]) -> str:
     return hashlib.sha256("\n".join(sorted(p.answer for p in problems)).encode()).hexdigest()
 
 # %% ../nbs/09c_benchmarks.ipynb #cf95f03f
-_DAPO = (
-    "Solve the following math problem step by step. The last line of your response should be of "
-    "the form Answer: $Answer "
-    "(without quotes) where $Answer is the answer to the problem.\n\n",
-    '\n\nRemember to put your answer on its own line after "Answer:".',
-)
-
-SETS: dict[str, ProblemSet] = {
-    # benchmarks
+_BENCHMARKS = {
     "aime24": ProblemSet(
         "HuggingFaceH4/aime_2024",
         "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
@@ -118,7 +110,17 @@ SETS: dict[str, ProblemSet] = {
         config="main",
         benchmark=True,
     ),
-    # problems to train on
+}
+
+# %% ../nbs/09c_benchmarks.ipynb #25a3d258
+_DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n",
+    '\n\nRemember to put your answer on its own line after "Answer:".',
+)
+
+_WITH_COLUMNS = {
     "gsm8k": ProblemSet(
         "openai/gsm8k",
         "740312add88f781978c0658806c59bc2815b9866",
@@ -145,6 +147,10 @@ SETS: dict[str, ProblemSet] = {
         1791700,
         wrapped=_DAPO,
     ),
+}
+
+# %% ../nbs/09c_benchmarks.ipynb #f3996969
+_LARGE = {
     "deepscaler": ProblemSet(
         "agentica-org/DeepScaleR-Preview-Dataset",
         "b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",
@@ -179,6 +185,8 @@ SETS: dict[str, ProblemSet] = {
         answer_list=True,
     ),
 }
+
+SETS: dict[str, ProblemSet] = _BENCHMARKS | _WITH_COLUMNS | _LARGE
 
 # %% ../nbs/09c_benchmarks.ipynb #2c81db47
 def _command(entry: ProblemSet, root: str = "$MINIRL_DATA") -> str:

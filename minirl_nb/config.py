@@ -104,7 +104,7 @@ LowPrecision = Literal[
     "fp8_per_block_cache",
 ]
 
-
+# %% ../nbs/14_config.ipynb #dc1c459d
 @dataclass(frozen=True)
 class RolloutConfig:
     "The rollout engine and what it samples."

@@ -193,7 +193,7 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self):
         return -1
 
-
+# %% ../nbs/10_decoding.ipynb #d0e0f12d
 class SlotCache(Cache):
     """A key-value cache whose rows are slots: they start, end and are reused independently.
 

@@ -112,9 +112,8 @@ class EvalResult:
 
     def accuracy(self, name: str | None = None) -> float:
         "Mean accuracy on a benchmark, or the mean of the benchmarks' accuracies."
-        return sum(float(self.rewards[k].double().mean()) for k in self._names(name)) / len(
-            self._names(name)
-        )
+        names = self._names(name)
+        return sum(float(self.rewards[k].double().mean()) for k in names) / len(names)
 
     def interval(
         self, name: str | None = None, confidence: float = CONFIDENCE
@@ -158,34 +157,30 @@ class EvalResult:
         """A table for a terminal: benchmark, problems, accuracy, its 95% interval, pass@16 (or
         pass@n), length, share cut."""
         k = min(16, self.sampling.n)
-        rows = [self._row(name, k) for name in self.rewards]
+        rows = [_row(self, name, k) for name in self.rewards]
         if len(self.rewards) > 1:
-            rows.append(self._row(None, k))
-        header = [
-            "benchmark",
-            "problems",
-            f"mean@{self.sampling.n}",
-            "95% interval",
-            f"pass@{k}",
-            "length",
-            "cut",
-        ]
-        return _table(header, rows)
+            rows.append(_row(self, None, k))
+        return _table(_header(self.sampling.n, k), rows)
 
-    def _row(self, name: str | None, k: int) -> list[str]:
-        names = self._names(name)
-        low, high = self.interval(name)
-        length = sum(self.length[b] for b in names) / len(names)
-        cut = sum(self.cut[b] for b in names) / len(names)
-        return [
-            name or "mean",
-            str(sum(len(self.rewards[b]) for b in names)),
-            f"{self.accuracy(name):.3f}",
-            f"[{low:.3f}, {high:.3f}]",
-            f"{self.pass_at(k, name):.3f}",
-            f"{length:.1f}",
-            f"{cut:.3f}",
-        ]
+# %% ../nbs/13_evaluate.ipynb #050ddb42
+def _header(n: int, k: int) -> list[str]:
+    return f"benchmark|problems|mean@{n}|95% interval|pass@{k}|length|cut".split("|")
+
+
+def _row(result: "EvalResult", name: str | None, k: int) -> list[str]:
+    names = result._names(name)
+    low, high = result.interval(name)
+    length = sum(result.length[b] for b in names) / len(names)
+    cut = sum(result.cut[b] for b in names) / len(names)
+    return [
+        name or "mean",
+        str(sum(len(result.rewards[b]) for b in names)),
+        f"{result.accuracy(name):.3f}",
+        f"[{low:.3f}, {high:.3f}]",
+        f"{result.pass_at(k, name):.3f}",
+        f"{length:.1f}",
+        f"{cut:.3f}",
+    ]
 
 # %% ../nbs/13_evaluate.ipynb #fec6ecb1
 def _table(header: list[str], rows: list[list[str]]) -> str:

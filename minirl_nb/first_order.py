@@ -29,7 +29,7 @@ __all__ = ['ShiftedProblem']
 # %% ../nbs/01_first_order.ipynb #5dbef065
 import math
 from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,15 +50,8 @@ from minirl_nb.exact import (
 )
 
 # %% ../nbs/01_first_order.ipynb #d32dc1dc
-class ShiftedProblem:
-    """A listed policy with several prompts and rewards, whose engine and parameters can be
-    shifted by a size.
-
-    kind: "tree" (a table without shared rows), "bigrams" (a table by the last token) or
-    "attention". The responses to all X prompts form one batch of X N rows; `response_mask` and
-    `reward` are [X N, T] and [X N]. A size is the root mean square of a token's log-ratio to
-    pi_old over y ~ pi_old, to first order: 0.1 means that tokens are off by about 10%.
-    """
+class _ListedProblem:
+    "The part of a `ShiftedProblem` that is exact: expectations over all responses to all prompts."
 
     def __init__(
         self,
@@ -82,7 +75,7 @@ class ShiftedProblem:
         self.reward = torch.cat(rewards)
         self.response_mask = ys.response_mask.repeat(prompts, 1)
         self.logp_old = self.logp(self.theta_old).detach()
-        self._engine, self._direction = cache(self._engine), cache(self._direction)
+        self._scales: dict[str, Any] = {}  # what a size of one needs, by the kind of shift
 
     def logp(self, params: Tensor) -> Tensor:
         "Token log-probabilities of all responses to all prompts, [X N, T]."
@@ -117,13 +110,24 @@ class ShiftedProblem:
         square = (logp - self.logp_old).square().sum(-1)  # zero off the mask
         return float((p @ square / (p @ self.response_mask.sum(-1).double())).sqrt())
 
+# %% ../nbs/01_first_order.ipynb #61b26437
+class ShiftedProblem(_ListedProblem):
+    """A listed policy with several prompts and rewards, whose engine and parameters can be
+    shifted by a size.
+
+    kind: "tree" (a table without shared rows), "bigrams" (a table by the last token) or
+    "attention". The responses to all X prompts form one batch of X N rows; `response_mask` and
+    `reward` are [X N, T] and [X N]. A size is the root mean square of a token's log-ratio to
+    pi_old over y ~ pi_old, to first order: 0.1 means that tokens are off by about 10%.
+    """
+
     def engine(self, kind: str, size: float) -> Tensor:
         """Log-probabilities [X N, T] of a rollout engine (noise, temperature or floor) `size`
         away from pi_old.
         """
         if not size:
             return self.logp_old
-        shifted, size_of_one = self._engine(kind)
+        shifted, size_of_one = self._known(kind, self._engine)
         return shifted(size / size_of_one)
 
     def _engine(self, kind):
@@ -145,7 +149,9 @@ class ShiftedProblem:
         """Parameters [P] `size` away from theta_old, along a gradient, a sampled gradient or at
         random.
         """
-        return self.theta_old + size * self._direction(kind) if size else self.theta_old
+        return (
+            self.theta_old + size * self._known(kind, self._direction) if size else self.theta_old
+        )
 
     def _direction(self, kind):
         "A direction of parameters along which a step of one has size one, to first order."
@@ -170,3 +176,8 @@ class ShiftedProblem:
         return gradient(
             lambda p: A.flatten() @ self.logp(p)[torch.cat(rows)].sum(-1), self.theta_old
         )
+
+    def _known(self, kind: str, find: Callable) -> Any:
+        if kind not in self._scales:
+            self._scales[kind] = find(kind)
+        return self._scales[kind]

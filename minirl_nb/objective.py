@@ -107,27 +107,8 @@ TruncationOf = Literal["weight", "discrepancy"]
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The surrogate whose gradient trains the model (Eq. 7 and its variants), as a loss to be
-    minimised.
-
-    weight: the stop-gradient weight of a token (`weights.Weight`).
-    truncation: what happens to its tail (`weights.TIS` and the like), or None.
-    clip: the mask M_t (`clipping.Clip`, or any `trust.TrustRegion`), or None.
-    advantage: "mean" subtracts the group's mean; "mean_std" also divides by the group's std;
-        "none" takes the reward itself.
-    normalizer: "responses" is the mean over responses of the sum over tokens; "response_length"
-        divides each response by its own length first; "tokens" is the sum over all tokens of the
-        batch divided by their number.
-    truncation_of: "weight" truncates the whole weight (MiniRL: min(pi/mu, 5)); "discrepancy"
-        truncates its factor old/mu alone, as the literature defines TIS, MIS and IcePop, and
-        leaves the factor pi/old to the clip.
-
-    Every method takes its tensors by keyword: logp [B, T] (training engine, now; the gradient
-    flows through it alone), logp_old [B, T] (training engine, before the updates), logp_mu [B, T]
-    (rollout engine), advantage [B] and response_mask [B, T] (true on response tokens, the end
-    token included). Off the mask anything may stand.
-    """
+class _Settings:
+    "The settings of an objective, each one checked, and what they ask of rewards and masks."
 
     weight: Weight = "pi/mu"
     truncation: Truncation | None = TIS(5.0)
@@ -155,83 +136,29 @@ class Objective:
         if not (self.clip is None or callable(self.clip)):
             raise ValueError(f"clip = {self.clip!r} must be None or a trust.TrustRegion")
 
-    def __call__(
+    def advantages(
         self,
-        *,
-        logp: Tensor,
-        logp_old: Tensor,
-        logp_mu: Tensor,
-        advantage: Tensor,
-        response_mask: Tensor,
-        count: float | None = None,  # as in `loss`
-    ) -> tuple[Tensor, dict[str, float]]:  # scalar loss, statistics of this batch
-        "`loss` and `stats` of one batch."
-        batch = dict(logp=logp, logp_old=logp_old, logp_mu=logp_mu)
-        batch |= dict(advantage=advantage, response_mask=response_mask)
-        return self.loss(**batch, count=count), self.stats(**batch)
+        reward: Tensor,  # [B]
+        group: Tensor,  # int [B]
+    ) -> Tensor:  # [B]
+        "Advantages of this objective from rewards and group numbers."
+        if self.advantage == "none":
+            return reward if reward.dtype == torch.float64 else reward.float()
+        return group_advantage(reward, group, std=self.advantage == "mean_std")
 
-    def loss(
+    def count(
         self,
-        *,
-        logp: Tensor,
-        logp_old: Tensor,
-        logp_mu: Tensor,
-        advantage: Tensor,
-        response_mask: Tensor,
-        count: float
-        | None = None,  # normaliser of the whole mini-batch (> 0), where this is a part of it
-    ) -> Tensor:  # scalar
-        """The loss alone, for micro-batches: their losses add up to the mini-batch's when all get
-        its `count`.
+        response_mask: Tensor,  # [B, T]
+    ) -> int:
+        """The normaliser of a batch: its responses (empty ones too), or its tokens.
 
-        ValueError for an advantage of another shape and for a count that is not positive.
+        Sum it over micro-batches and ranks to get the `count` of `loss`.
         """
-        if advantage.shape != logp.shape[:1]:
-            raise ValueError(
-                f"advantage {tuple(advantage.shape)} must have shape [{logp.shape[0]}], "
-                "one per response"
-            )
-        if count is not None and not count > 0:
-            raise ValueError(
-                f"count = {count} must be positive: "
-                "the responses (or tokens) of the whole mini-batch"
-            )
-        c, _ = self.coefficient(
-            logp=logp,
-            logp_old=logp_old,
-            logp_mu=logp_mu,
-            advantage=advantage,
-            response_mask=response_mask,
-        )
-        n = max(self.count(response_mask), 1) if count is None else count
-        # where, not a product: off the mask a log-probability may be anything, and on it -inf where
-        # the coefficient is zero (clipped, or without advantage); 0 * inf is not 0. NaN stays NaN
-        counts = response_mask.bool() & ~((c == 0) & logp.isinf())
-        return -torch.where(counts, c * logp, 0.0).sum() / n
+        return int(response_mask.sum()) if self.normalizer == "tokens" else response_mask.shape[0]
 
-    @torch.no_grad()
-    def stats(
-        self,
-        *,
-        logp: Tensor,
-        logp_old: Tensor,
-        logp_mu: Tensor,
-        advantage: Tensor,
-        response_mask: Tensor,
-    ) -> dict[str, float]:
-        """Statistics of a batch: `weights.diagnostics` and four shares of the response tokens.
-
-        The shares are `truncated`, `clip_high`, `clip_low` and `zero_gradient` (clipped,
-        truncated to zero, or without advantage). Give the whole mini-batch: quantiles, extremes
-        and the ESS of parts do not average to those of the whole.
-        """
-        mask = response_mask.bool()
-        policies = dict(logp=logp.detach(), logp_old=logp_old, logp_mu=logp_mu, response_mask=mask)
-        c, changed = self.coefficient(**policies, advantage=advantage)
-        n = max(int(mask.sum()), 1)
-        share = {name: float((tokens & mask).sum()) / n for name, tokens in changed.items()}
-        share["zero_gradient"] = float(((c == 0) & mask).sum()) / n
-        return share | diagnostics(**policies)
+# %% ../nbs/04_objective.ipynb #1a8aaa00
+class _Coefficient(_Settings):
+    "What a token's log-probability is multiplied by."
 
     def coefficient(
         self,
@@ -269,25 +196,108 @@ class Objective:
         w, truncated = self.truncation(log_discrepancy, mask=mask, advantage=advantage)
         return w * log_staleness.exp(), truncated
 
-    def advantages(
-        self,
-        reward: Tensor,  # [B]
-        group: Tensor,  # int [B]
-    ) -> Tensor:  # [B]
-        "Advantages of this objective from rewards and group numbers."
-        if self.advantage == "none":
-            return reward if reward.dtype == torch.float64 else reward.float()
-        return group_advantage(reward, group, std=self.advantage == "mean_std")
 
-    def count(
-        self,
-        response_mask: Tensor,  # [B, T]
-    ) -> int:
-        """The normaliser of a batch: its responses (empty ones too), or its tokens.
+def _divisor(logp: Tensor, advantage: Tensor, own: int, count: float | None) -> float:
+    "What a loss is divided by: `count`, or the batch's own number where it is the whole."
+    if advantage.shape != logp.shape[:1]:
+        raise ValueError(
+            f"advantage {tuple(advantage.shape)} must have shape [{logp.shape[0]}], "
+            "one per response"
+        )
+    if count is None:
+        return max(own, 1)
+    if not count > 0:
+        raise ValueError(
+            f"count = {count} must be positive: the responses (or tokens) of the whole mini-batch"
+        )
+    return count
 
-        Sum it over micro-batches and ranks to get the `count` of `loss`.
+# %% ../nbs/04_objective.ipynb #6a5b2314
+@dataclass(frozen=True)
+class Objective(_Coefficient):
+    """The surrogate whose gradient trains the model (Eq. 7 and its variants), as a loss to be
+    minimised.
+
+    weight: the stop-gradient weight of a token (`weights.Weight`).
+    truncation: what happens to its tail (`weights.TIS` and the like), or None.
+    clip: the mask M_t (`clipping.Clip`, or any `trust.TrustRegion`), or None.
+    advantage: "mean" subtracts the group's mean; "mean_std" also divides by the group's std;
+        "none" takes the reward itself.
+    normalizer: "responses" is the mean over responses of the sum over tokens; "response_length"
+        divides each response by its own length first; "tokens" is the sum over all tokens of the
+        batch divided by their number.
+    truncation_of: "weight" truncates the whole weight (MiniRL: min(pi/mu, 5)); "discrepancy"
+        truncates its factor old/mu alone, as the literature defines TIS, MIS and IcePop, and
+        leaves the factor pi/old to the clip.
+
+    Every method takes its tensors by keyword: logp [B, T] (training engine, now; the gradient
+    flows through it alone), logp_old [B, T] (training engine, before the updates), logp_mu [B, T]
+    (rollout engine), advantage [B] and response_mask [B, T] (true on response tokens, the end
+    token included). Off the mask anything may stand.
+    """
+
+    def __call__(
+        self,
+        *,
+        logp: Tensor,
+        logp_old: Tensor,
+        logp_mu: Tensor,
+        advantage: Tensor,
+        response_mask: Tensor,
+        count: float | None = None,  # as in `loss`
+    ) -> tuple[Tensor, dict[str, float]]:  # scalar loss, statistics of this batch
+        "`loss` and `stats` of one batch."
+        batch = dict(logp=logp, logp_old=logp_old, logp_mu=logp_mu)
+        batch |= dict(advantage=advantage, response_mask=response_mask)
+        return self.loss(**batch, count=count), self.stats(**batch)
+
+    def loss(
+        self,
+        *,
+        logp: Tensor,
+        logp_old: Tensor,
+        logp_mu: Tensor,
+        advantage: Tensor,
+        response_mask: Tensor,
+        # normaliser of the whole mini-batch (> 0), where this is a part of it
+        count: float | None = None,
+    ) -> Tensor:  # scalar
+        """The loss alone, for micro-batches: their losses add up to the mini-batch's when all get
+        its `count`.
+
+        ValueError for an advantage of another shape and for a count that is not positive.
         """
-        return int(response_mask.sum()) if self.normalizer == "tokens" else response_mask.shape[0]
+        n = _divisor(logp, advantage, self.count(response_mask), count)
+        policies = dict(logp=logp, logp_old=logp_old, logp_mu=logp_mu, response_mask=response_mask)
+        c, _ = self.coefficient(**policies, advantage=advantage)
+        # where, not a product: off the mask a log-probability may be anything, and on it -inf where
+        # the coefficient is zero (clipped, or without advantage); 0 * inf is not 0. NaN stays NaN
+        counts = response_mask.bool() & ~((c == 0) & logp.isinf())
+        return -torch.where(counts, c * logp, 0.0).sum() / n
+
+    @torch.no_grad()
+    def stats(
+        self,
+        *,
+        logp: Tensor,
+        logp_old: Tensor,
+        logp_mu: Tensor,
+        advantage: Tensor,
+        response_mask: Tensor,
+    ) -> dict[str, float]:
+        """Statistics of a batch: `weights.diagnostics` and four shares of the response tokens.
+
+        The shares are `truncated`, `clip_high`, `clip_low` and `zero_gradient` (clipped,
+        truncated to zero, or without advantage). Give the whole mini-batch: quantiles, extremes
+        and the ESS of parts do not average to those of the whole.
+        """
+        mask = response_mask.bool()
+        policies = dict(logp=logp.detach(), logp_old=logp_old, logp_mu=logp_mu, response_mask=mask)
+        c, changed = self.coefficient(**policies, advantage=advantage)
+        n = max(int(mask.sum()), 1)
+        share = {name: float((tokens & mask).sum()) / n for name, tokens in changed.items()}
+        share["zero_gradient"] = float(((c == 0) & mask).sum()) / n
+        return share | diagnostics(**policies)
 
 # %% ../nbs/04_objective.ipynb #6d173d12
 MINIRL = Objective()

@@ -178,7 +178,7 @@ def _check_rows(model, device):
         packed, alone, length, (0, 1, 2), 0.1 if low else 1e-4, "against the same row alone"
     )
 
-
+# %% ../nbs/06b_packed.ipynb #d9cb226c
 def _must_agree(a, b, length, rows, limit, what):
     "Compare the median of a row's last five tokens: no rounding or flipped expert decides alone."
     off = 0.0

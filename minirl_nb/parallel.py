@@ -142,9 +142,8 @@ def gradient_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
     return total.sqrt()
 
 # %% ../nbs/14d_parallel.ipynb #1933f94c
-class Processes(World):
-    """The processes that `torchrun` started. ValueError, in one sentence, where this machine is not
-    what the config asks for."""
+class _Messages(World):
+    "The part of `Processes` that has a place among the ranks, and talks to them."
 
     def __init__(self, config: RunConfig):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -169,7 +168,6 @@ class Processes(World):
         self.files = dist.new_group(backend="gloo", timeout=limit)
         self.guard = Guard(self.rank, self.size)
 
-    # ------------------------------------------------------------------ what all ranks must know
     def gather(self, x):
         out = [None] * self.size
         dist.all_gather_object(out, x, group=self.messages)
@@ -200,7 +198,33 @@ class Processes(World):
         rollout, columns = exchange(rollout, {"advantage": advantage}, to, self.messages)
         return rollout, columns["advantage"]
 
-    # ------------------------------------------------------------------ the model
+# %% ../nbs/14d_parallel.ipynb #d218dea7
+def _empty_twin(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    "A model of whole tensors like this sharded one, whose weights are still to come."
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "distributed_config"):
+        del config.distributed_config
+    with torch.device(device):
+        out = AutoModelForCausalLM.from_config(config, dtype=dtype or model.dtype)
+    out.generation_config = copy.deepcopy(model.generation_config)
+    if model.config._experts_implementation:
+        out.set_experts_implementation(model.config._experts_implementation)
+    return out
+
+
+@torch.no_grad()
+def _scale_gradients(model: nn.Module, scale: float) -> None:
+    "Multiply each gradient by a number; of a sharded one, this rank's part."
+    for p in model.parameters():
+        if p.grad is not None:
+            (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).mul_(scale)
+
+# %% ../nbs/14d_parallel.ipynb #64c51367
+class _ShardedModel(_Messages):
+    "The part of `Processes` that has a share of the model."
+
     def load_model(self, config, source):
         spread = layout(config, self.size)
         if spread is None:  # whole, as in a world of one
@@ -224,19 +248,10 @@ class Processes(World):
         "A model of whole tensors on this rank, for engines that compute with the model itself."
         if not self.sharded:
             return model
-        from transformers import AutoModelForCausalLM
-
         from minirl_nb.fp8 import load_
 
-        config = copy.deepcopy(model.config)
-        if hasattr(config, "distributed_config"):
-            del config.distributed_config
-        with torch.device(self.device):
-            out = AutoModelForCausalLM.from_config(config, dtype=self.compute_dtype or model.dtype)
-        out.generation_config = copy.deepcopy(model.generation_config)
-        if model.config._experts_implementation:
-            out.set_experts_implementation(model.config._experts_implementation)
-        return load_(out, self.weights(model)).eval()
+        twin = _empty_twin(model, self.device, self.compute_dtype)
+        return load_(twin, self.weights(model)).eval()
 
     @torch.no_grad()
     def clip_gradient(self, model: nn.Module, limit: float) -> Tensor:
@@ -245,14 +260,14 @@ class Processes(World):
         norm = gradient_norm(model, self.messages)
         scale = limit / (norm + 1e-6)
         if scale < 1:
-            for p in model.parameters():
-                if p.grad is not None:
-                    (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).mul_(
-                        float(scale)
-                    )
+            _scale_gradients(model, float(scale))
         return norm
 
-    # ------------------------------------------------------------------ files
+# %% ../nbs/14d_parallel.ipynb #349a98c0
+class Processes(_ShardedModel):
+    """The processes that `torchrun` started. ValueError, in one sentence, where this machine is not
+    what the config asks for."""
+
     def save(self, model, optimizer, folder: Path) -> Callable[..., bool]:
         """Every rank writes its shards, from a copy in host memory, while training goes on. Where
         models are whole, rank 0 writes its own, as a world of one does."""
@@ -278,23 +293,6 @@ class Processes(World):
 
         return done
 
-    def restore(self, model, optimizer, folder: Path) -> None:
-        if not self.sharded or (folder / "shards").is_dir():
-            return super().restore(model, optimizer, folder)
-        from safetensors.torch import load_file  # one process wrote it
-        from torch.distributed.tensor import distribute_tensor
-
-        parameters = dict(model.named_parameters())
-        for name, tensor in load_file(folder / "optimizer.safetensors").items():
-            name, _, key = name.rpartition("|")
-            p = parameters[name]
-            if key != "step" and hasattr(p, "placements"):
-                tensor = distribute_tensor(
-                    tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None
-                )
-            optimizer.state[p][key] = tensor if key == "step" else tensor.to(p.device)
-
-    # ------------------------------------------------------------------ beginning and end
     def __exit__(self, kind, error, traceback):
         "A rank that fails says so and ends; the others end with it, and say nothing of their own."
         if error is None:

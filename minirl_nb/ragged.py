@@ -23,13 +23,8 @@ from torch import Tensor
 
 # %% ../nbs/04c_ragged.ipynb #3f3a90ba
 @dataclass
-class Ragged:
-    """Rows of different lengths: row b is `values[starts[b]:starts[b] + length[b]]`.
-
-    values: [n, ...] with n the sum of the lengths, of any type. length: int64 [B], on the CPU.
-    Every method copies slices of rows in the type they have (torch's uint16 knows little more than
-    slices), so nothing is ever widened. ValueError where the lengths do not add up to n.
-    """
+class _Rows:
+    "Rows of a `Ragged`: views, nothing is copied."
 
     values: Tensor
     length: Tensor
@@ -63,6 +58,19 @@ class Ragged:
     def nbytes(self) -> int:
         return self.values.nbytes
 
+    def rows(self) -> tuple[Tensor, ...]:
+        "All rows, views."
+        return self.values.split(self.length.tolist())
+
+# %% ../nbs/04c_ragged.ipynb #aee93ac1
+class Ragged(_Rows):
+    """Rows of different lengths: row b is `values[starts[b]:starts[b] + length[b]]`.
+
+    values: [n, ...] with n the sum of the lengths, of any type. length: int64 [B], on the CPU.
+    Every method copies slices of rows in the type they have (torch's uint16 knows little more than
+    slices), so nothing is ever widened. ValueError where the lengths do not add up to n.
+    """
+
     @classmethod
     def pack(cls, padded: Tensor, length: Tensor) -> "Ragged":
         "The first length[b] entries of each row of a right-padded [B, T, ...]."
@@ -92,10 +100,6 @@ class Ragged:
         for row, x in zip(out, self.rows()):
             row[: len(x)] = x
         return out
-
-    def rows(self) -> tuple[Tensor, ...]:
-        "All rows, views."
-        return self.values.split(self.length.tolist())
 
     def select(self, rows: Tensor | Sequence[int]) -> "Ragged":
         "The given rows, in the given order."

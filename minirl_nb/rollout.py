@@ -48,174 +48,34 @@ _all_ = [
 ]
 
 # %% ../nbs/10_rollout.ipynb #5447b82b
-class _Call:
-    "One call of `TorchEngine.generate`: R requests, their results so far, and the slots that run."
+class _Results:
+    """What R requests have given so far: [R + 1, limit] and [R + 1].
 
-    def __init__(self, engine, prompts: Sequence[Sequence[int]], sampling: Sampling):
-        self.engine, self.prompts, self.sampling = engine, prompts, sampling
-        self.requests = R = len(prompts) * sampling.n
-        self.sizes = torch.tensor([len(p) for p in prompts])
-        engine._check(self.sizes, sampling)
-        self.limit = int(self.sizes.max()) + sampling.max_new_tokens
-        self.device = device = engine.model.device
-        self.base, self.head = engine.model.base_model, decoding_head(engine.model)
-        # results, [R + 1, limit] and [R + 1]
-        self.tokens = torch.full((R + 1, self.limit), engine.pad, device=device)
+    Finished slots go on writing into the last row."""
+
+    def __init__(self, sizes: Tensor, sampling: Sampling, pad: int, device: torch.device):
+        self.n, self.pad = sampling.n, pad
+        self.requests = R = len(sizes) * sampling.n
+        self.limit = int(sizes.max()) + sampling.max_new_tokens
+        self.tokens = torch.full((R + 1, self.limit), pad, device=device)
         self.logp = torch.zeros(R + 1, self.limit, device=device)
         self.length = torch.zeros(R + 1, dtype=torch.long, device=device)
         self.finished = torch.zeros(R + 1, dtype=torch.bool, device=device)
         self.routes: Tensor | None = None
-        first = self.sizes.repeat_interleave(sampling.n)
+        first = sizes.repeat_interleave(sampling.n)
         self.first = torch.cat([first, torch.zeros(1, dtype=torch.long)]).to(device)
-        self.streams = RequestStreams(sampling.seed, sampling.first, R, device)
-        self.cache = SlotCache()
-        # slots: the request of each (R: it has finished), where its next token goes, how many it
-        # has sampled
-        none = torch.empty(0, dtype=torch.long, device=device)
-        self.request = self.position = self.age = none
-        self.logits = torch.empty(0, 0, device=device)  # [slots, V] of each slot's next token
-        self.waiting = 0  # the next request to be admitted
-        self.dead = 0  # finished slots
 
-    @property
-    def running(self) -> bool:
-        return self.waiting < self.requests or self.dead < len(self.request)
-
-    @property
-    def wants_change(self) -> bool:
-        "Is it time to admit or to retire?"
-        slots = len(self.request)
-        if self.waiting == self.requests:
-            return self.dead >= max(1, slots // 8)
-        limit = self.engine.max_batch
-        return limit - (slots - self.dead) >= max(1, limit // 4)
-
-    def change(self, recorder) -> None:
-        if self.waiting < self.requests:
-            self.admit(recorder)
-        else:
-            self.retire()
-
-    def retire(self) -> None:
-        "Drop finished slots."
-        keep = (self.request < self.requests).nonzero()[:, 0]
-        for name in ("request", "position", "age", "logits"):
-            setattr(self, name, getattr(self, name)[keep])
-        self.cache.rebuild(keep=keep)
-        self.dead = 0
-
-    def _next_requests(self, free_slots: int) -> tuple[Tensor, Tensor]:
-        """Requests to admit, and their prompts: as many as slots and one prefill hold, at least one
-        prompt."""
-        n, engine = self.sampling.n, self.engine
-        room = engine.max_batch - len(self.request) + free_slots
-        new = torch.arange(self.waiting, min(self.requests, self.waiting + room))
-        which = (new // n).unique()
-        # a prefill is padded to its longest prompt
-        cost = self.sizes[which].cummax(0).values * torch.arange(1, len(which) + 1)
-        which = which[: max(1, int((cost <= engine.prefill_tokens).sum()))]
-        return new[new // n <= which[-1]], which
-
-    def _prefill(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Run prompts `which` [p] through the model: their tokens [p, P], padded, and last logits
-        [p, V]."""
-        sizes = self.sizes[which]
-        ids = torch.full((len(which), int(sizes.max())), self.engine.pad)
-        for row, i in zip(ids, which.tolist()):
-            row[: self.sizes[i]] = torch.as_tensor(self.prompts[i])
-        ids = ids.to(self.device)
-        self.cache.position = None
-        # padding stands behind a prompt, where causal attention never looks: no mask is needed
-        hidden = self.base(
-            input_ids=ids,
-            position_ids=torch.arange(ids.shape[1], device=self.device)[None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        last = sizes.to(self.device) - 1
-        return ids, self.head.logits(hidden[torch.arange(len(ids), device=self.device), last])
-
-    def admit(self, recorder) -> None:
-        """Prefill waiting requests; a prompt runs once for all its responses. Finished slots are
-        filled first."""
-        free = (self.request == self.requests).nonzero()[:, 0]
-        new, which = self._next_requests(len(free))
-        ids, logits = self._prefill(which)
+    def admit(self, rows: Tensor, ids: Tensor, routes: Tensor | None) -> None:
+        "Prompts [p, P] of requests `rows`, and the experts [p, P, L, K] of their prefill."
         P = ids.shape[1]
-        # the row of the prefill that each new request starts from
-        member = (new // self.sampling.n - which[0]).to(self.device)
-        rows = new.to(self.device)
-        self.tokens[rows, :P] = ids[member]
-        if recorder:
-            taken = recorder.pop(len(ids))
-            if self.routes is None:
-                self.routes = taken.new_zeros(self.requests + 1, self.limit, *taken.shape[2:])
-            self.routes[rows, :P] = taken[member]
-        refilled = min(len(free), len(new))
-        self._give_cache_rows(free[: len(new)], member, refilled, P)
-        self._give_slots(free[: len(new)], rows, logits[member], refilled)
-        self.waiting = int(new[-1]) + 1
+        self.tokens[rows, :P] = ids
+        if routes is None:
+            return
+        if self.routes is None:
+            self.routes = routes.new_zeros(self.requests + 1, self.limit, *routes.shape[2:])
+        self.routes[rows, :P] = routes
 
-    def _give_cache_rows(self, slots: Tensor, member: Tensor, refilled: int, P: int) -> None:
-        "The first `refilled` new requests take finished slots, the others get new rows."
-        cache = self.cache
-        if P > cache.capacity and len(self.request):
-            cache.rebuild(rounded_capacity(P))
-        if refilled:
-            cache.refill(slots, member[:refilled])
-        if refilled < len(member):
-            capacity = max(cache.capacity, rounded_capacity(P))
-            cache.rebuild(capacity, fresh=member[refilled:])
-
-    def _give_slots(self, slots: Tensor, rows: Tensor, logits: Tensor, refilled: int) -> None:
-        if not len(self.request):
-            self.logits = logits[:0]
-        started = {
-            "request": rows,
-            "position": self.first[rows],
-            "age": torch.zeros_like(rows),
-            "logits": logits,
-        }
-        for name, value in started.items():
-            kept = getattr(self, name).index_copy(0, slots, value[:refilled])
-            setattr(self, name, torch.cat([kept, value[refilled:]]))
-        self.dead -= refilled
-
-    def sample(self) -> None:
-        "One token for every slot."
-        r, p = self.request, self.position
-        u = self.streams.at(r, self.age, int(self.age.max()))
-        self.token, logp = choose(self.logits, u, self.sampling.temperature)
-        self.tokens[r, p], self.logp[r, p], self.length[r] = self.token, logp, p + 1
-        stop = torch.isin(self.token, self.engine.eos)
-        self.finished[r] = stop
-        done = stop | (self.age + 1 >= self.sampling.max_new_tokens)
-        self.request = torch.where(done, self.requests, r)
-        self.dead = int((self.request == self.requests).sum())
-
-    def feed(self, recorder) -> None:
-        "Run the model on the sampled tokens, finished slots included."
-        p = self.position
-        self.cache.at(p, int(p.max()))
-        mask = torch.arange(self.cache.width, device=self.device) <= p[:, None]
-        mask = mask[:, None, None]  # [slots, 1, 1, width]
-        if self.engine.float_mask:
-            dtype = self.base.dtype
-            mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
-        hidden = self.base(
-            input_ids=self.token[:, None],
-            attention_mask=mask,
-            position_ids=p[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        self.logits = self.head.logits(hidden[:, 0])
-        if recorder:
-            self.routes[self.request, p] = recorder.pop()
-        alive = (self.request < self.requests).long()
-        self.position, self.age = p + alive, self.age + alive
-
-    def rollout(self) -> Rollout:
+    def rollout(self, version: int) -> Rollout:
         """The results as copies: tensors of inference mode could not be used in a forward that
         wants gradients."""
         R = self.requests
@@ -226,17 +86,204 @@ class _Call:
 
         length, t = taken(self.length), torch.arange(T)
         out = Rollout(
-            tokens=taken(self.tokens).masked_fill_(t >= length[:, None], self.engine.pad),
+            tokens=taken(self.tokens).masked_fill_(t >= length[:, None], self.pad),
             logp_mu=taken(self.logp),
             prompt_length=taken(self.first),
             length=length,
-            group=torch.arange(R) // self.sampling.n,
+            group=torch.arange(R) // self.n,
             finished=taken(self.finished),
-            policy_version=self.engine.version,
+            policy_version=version,
         )
         if self.routes is not None:
             out.routes, out.routes_valid = taken(self.routes), t < length[:, None] - 1
         return out
+
+# %% ../nbs/10_rollout.ipynb #b005d6cd
+class _Slots:
+    """The slots that run: the request of each (R: it has finished), where its next token goes, how
+    many it has sampled, and the logits [slots, V] of its next token."""
+
+    def __init__(self, requests: int, device: torch.device):
+        self.requests = requests
+        none = torch.empty(0, dtype=torch.long, device=device)
+        self.request = self.position = self.age = none
+        self.logits = torch.empty(0, 0, device=device)
+        self.cache = SlotCache()
+        self.dead = 0  # finished slots
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    def retire(self) -> None:
+        "Drop finished slots."
+        keep = (self.request < self.requests).nonzero()[:, 0]
+        for name in ("request", "position", "age", "logits"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.cache.rebuild(keep=keep)
+        self.dead = 0
+
+    def admit(self, rows: Tensor, member: Tensor, position: Tensor, logits: Tensor, P: int) -> None:
+        """Start requests `rows` [m] from rows `member` [m] of the last prefill, P tokens wide:
+        the first of them in finished slots, the others in new ones."""
+        free = (self.request == self.requests).nonzero()[:, 0][: len(rows)]
+        self._give_cache_rows(free, member, P)
+        if not len(self.request):
+            self.logits = logits[:0]
+        started = {
+            "request": rows,
+            "position": position,
+            "age": torch.zeros_like(rows),
+            "logits": logits,
+        }
+        refilled = len(free)
+        for name, value in started.items():
+            kept = getattr(self, name).index_copy(0, free, value[:refilled])
+            setattr(self, name, torch.cat([kept, value[refilled:]]))
+        self.dead -= refilled
+
+    def _give_cache_rows(self, free: Tensor, member: Tensor, P: int) -> None:
+        cache, refilled = self.cache, len(free)
+        if P > cache.capacity and len(self.request):
+            cache.rebuild(rounded_capacity(P))
+        if refilled:
+            cache.refill(free, member[:refilled])
+        if refilled < len(member):
+            capacity = max(cache.capacity, rounded_capacity(P))
+            cache.rebuild(capacity, fresh=member[refilled:])
+
+# %% ../nbs/10_rollout.ipynb #ba2ea081
+class _Forwards:
+    "The two forwards of a call: of prompts, and of one token for each slot."
+
+    def __init__(self, engine: "TorchEngine", cache: SlotCache):
+        self.base, self.head = engine.model.base_model, decoding_head(engine.model)
+        self.device, self.float_mask, self.cache = engine.model.device, engine.float_mask, cache
+
+    def of_prompts(self, ids: Tensor, sizes: Tensor) -> Tensor:
+        "Logits [p, V] behind prompts [p, P] of these sizes, padded on the right."
+        self.cache.position = None
+        # padding stands behind a prompt, where causal attention never looks: no mask is needed
+        hidden = self.base(
+            input_ids=ids,
+            position_ids=torch.arange(ids.shape[1], device=self.device)[None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        last = sizes.to(self.device) - 1
+        return self.head.logits(hidden[torch.arange(len(ids), device=self.device), last])
+
+    def of_tokens(self, token: Tensor, p: Tensor) -> Tensor:
+        "Logits [slots, V] behind one token [slots] of each slot, which stands at position `p`."
+        self.cache.at(p, int(p.max()))
+        mask = torch.arange(self.cache.width, device=self.device) <= p[:, None]
+        mask = mask[:, None, None]  # [slots, 1, 1, width]
+        if self.float_mask:
+            dtype = self.base.dtype
+            mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+        hidden = self.base(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=p[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.head.logits(hidden[:, 0])
+
+# %% ../nbs/10_rollout.ipynb #65c24588
+def _next_requests(
+    waiting: range,  # numbers of the requests that wait, in their order
+    room: int,  # slots for them
+    n: int,  # responses of each prompt
+    sizes: Tensor,  # int64: tokens of every prompt
+    prefill_tokens: int,  # most tokens of one prefill, padding included
+) -> tuple[Tensor, Tensor]:
+    "Requests to admit, and their prompts: as many as fit, at least one prompt."
+    new = torch.arange(waiting.start, min(waiting.stop, waiting.start + room))
+    which = (new // n).unique()
+    # a prefill is padded to its longest prompt
+    cost = sizes[which].cummax(0).values * torch.arange(1, len(which) + 1)
+    which = which[: max(1, int((cost <= prefill_tokens).sum()))]
+    return new[new // n <= which[-1]], which
+
+# %% ../nbs/10_rollout.ipynb #1791a346
+class _Admission:
+    "A call of `TorchEngine.generate`, seen from the requests that wait."
+
+    def __init__(self, engine: "TorchEngine", prompts: Sequence[Sequence[int]], sampling: Sampling):
+        self.engine, self.prompts, self.sampling = engine, prompts, sampling
+        self.sizes = torch.tensor([len(p) for p in prompts])
+        _check_prompts(engine, self.sizes, sampling)
+        self.device = engine.model.device
+        self.results = _Results(self.sizes, sampling, engine.pad, self.device)
+        self.requests = self.results.requests
+        self.slots = _Slots(self.requests, self.device)
+        self.forwards = _Forwards(engine, self.slots.cache)
+        self.streams = RequestStreams(sampling.seed, sampling.first, self.requests, self.device)
+        self.waiting = 0  # the next request to be admitted
+
+    @property
+    def running(self) -> bool:
+        return self.waiting < self.requests or self.slots.dead < len(self.slots)
+
+    @property
+    def wants_change(self) -> bool:
+        "Is it time to admit or to retire?"
+        slots, dead = len(self.slots), self.slots.dead
+        if self.waiting == self.requests:
+            return dead >= max(1, slots // 8)
+        limit = self.engine.max_batch
+        return limit - (slots - dead) >= max(1, limit // 4)
+
+    def admit(self, recorder) -> None:
+        "Prefill waiting requests; a prompt runs once for all its responses."
+        room = self.engine.max_batch - len(self.slots) + self.slots.dead
+        waiting, n = range(self.waiting, self.requests), self.sampling.n
+        new, which = _next_requests(waiting, room, n, self.sizes, self.engine.prefill_tokens)
+        sizes = self.sizes[which]
+        ids = torch.full((len(which), int(sizes.max())), self.engine.pad)
+        for row, i in zip(ids, which.tolist()):
+            row[: self.sizes[i]] = torch.as_tensor(self.prompts[i])
+        ids = ids.to(self.device)
+        logits = self.forwards.of_prompts(ids, sizes)
+        # the row of the prefill that each new request starts from
+        member = (new // n - which[0]).to(self.device)
+        rows, position = new.to(self.device), self.results.first[new.to(self.device)]
+        routes = recorder.pop(len(ids))[member] if recorder else None
+        self.results.admit(rows, ids[member], routes)
+        self.slots.admit(rows, member, position, logits[member], ids.shape[1])
+        self.waiting = int(new[-1]) + 1
+
+# %% ../nbs/10_rollout.ipynb #d2b94263
+class _Call(_Admission):
+    "One call of `TorchEngine.generate`: R requests, their results so far, and the slots that run."
+
+    def change(self, recorder) -> None:
+        if self.waiting < self.requests:
+            self.admit(recorder)
+        else:
+            self.slots.retire()
+
+    def sample(self) -> None:
+        "One token for every slot."
+        slots, out = self.slots, self.results
+        r, p = slots.request, slots.position
+        u = self.streams.at(r, slots.age, int(slots.age.max()))
+        self.token, logp = choose(slots.logits, u, self.sampling.temperature)
+        out.tokens[r, p], out.logp[r, p], out.length[r] = self.token, logp, p + 1
+        stop = torch.isin(self.token, self.engine.eos)
+        out.finished[r] = stop
+        done = stop | (slots.age + 1 >= self.sampling.max_new_tokens)
+        slots.request = torch.where(done, self.requests, r)
+        slots.dead = int((slots.request == self.requests).sum())
+
+    def feed(self, recorder) -> None:
+        "Run the model on the sampled tokens, finished slots included."
+        slots, p = self.slots, self.slots.position
+        slots.logits = self.forwards.of_tokens(self.token, p)
+        if recorder:
+            self.results.routes[slots.request, p] = recorder.pop()
+        alive = (slots.request < self.requests).long()
+        slots.position, slots.age = p + alive, slots.age + alive
 
 # %% ../nbs/10_rollout.ipynb #ecacf98e
 def _sliding_window(config) -> int | None:
@@ -248,23 +295,51 @@ def _sliding_window(config) -> int | None:
     return window if not kinds or "sliding_attention" in kinds else None
 
 
-class TorchEngine:
-    """Rollouts with the Hugging Face model itself, on any device.
+def _refuse_layers(model: nn.Module) -> None:
+    "ValueError for layers that keep another state than keys and values."
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{type(model).__name__} has layers of {', '.join(sorted(other))}; TorchEngine "
+            "keeps keys and values only: use the vLLM engine"
+        )
 
-    model: the trainer's model; the engine works on a deep copy.
-    fp8: a scheme of `fp8.SCHEMES`, emulated, or None.
-    routes: record the experts of every token (needs a mixture-of-experts model).
-    max_batch: most responses that run at once.
-    prefill_tokens: most prompt tokens in one prefill.
-    tokenizer: may name an end token that the model does not (`decoding.end_tokens`).
-    eos_token_id: exactly the tokens that end a response; None: all that the model and the tokenizer
-        name. pad_token_id: None takes the tokenizer's or the model's.
-    dtype, device: of the copy; None keeps the model's.
 
-    ValueError for a model whose layers keep another state than keys and values (linear attention),
-    or that has no end token; TypeError for routes of a dense model; NotImplementedError for a
-    family whose head `policy.Head` does not describe.
-    """
+def _check_prompts(engine: "TorchEngine", sizes: Tensor, sampling: Sampling) -> None:
+    "ValueError for a prompt that is empty or leaves no room."
+    if sizes.min() < 1:
+        raise ValueError(f"prompt {int(sizes.argmin())} is empty")
+    longest, new = int(sizes.max()), sampling.max_new_tokens
+    which = f"prompt {int(sizes.argmax())} has {longest} tokens and may get {new} more"
+    if longest + new > engine.positions:
+        raise ValueError(f"{which}, but the model has {engine.positions} positions")
+    if engine.window and longest + new > engine.window:
+        raise ValueError(
+            f"{which}, beyond the sliding window of {engine.window}: use the vLLM engine"
+        )
+
+
+def _no_rows(engine: "TorchEngine") -> Rollout:
+    "What a rank has whose share of the prompts is empty."
+    none = torch.zeros(0, dtype=torch.long)
+    out = Rollout(
+        tokens=none.view(0, 0),
+        prompt_length=none,
+        length=none,
+        logp_mu=torch.zeros(0, 0),
+        group=none,
+        policy_version=engine.version,
+    )
+    if engine.routes:
+        found = list(routers(engine.model).values())
+        dtype = routes_dtype(max(r.experts for r in found))
+        out.routes = torch.zeros(0, 0, len(found), found[0].top_k, dtype=dtype)
+    return out
+
+# %% ../nbs/10_rollout.ipynb #178c5deb
+class _OwnModel:
+    "The part of `TorchEngine` that owns a model: its copy, its weights, its end."
 
     def __init__(
         self,
@@ -280,13 +355,7 @@ class TorchEngine:
         device: torch.device | str | None = None,
     ):
         config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if other := kinds - {"full_attention", "sliding_attention"}:
-            raise ValueError(
-                f"{type(model).__name__} has layers of {', '.join(sorted(other))}; TorchEngine "
-                "keeps keys "
-                "and values only: use the vLLM engine"
-            )
+        _refuse_layers(model)
         self.window = _sliding_window(config)
         eos = end_tokens(model, tokenizer, eos_token_id)
         self.pad = padding_token(model, tokenizer, pad_token_id, eos)
@@ -304,77 +373,6 @@ class TorchEngine:
         decoding_head(self.model)  # and NotImplementedError
         self.vocab_size, self.positions = config.vocab_size, config.max_position_embeddings
         self.version = 0
-
-    def _check(self, sizes: Tensor, sampling: Sampling) -> None:
-        "ValueError for a prompt that is empty or leaves no room."
-        if sizes.min() < 1:
-            raise ValueError(f"prompt {int(sizes.argmin())} is empty")
-        longest, new = int(sizes.max()), sampling.max_new_tokens
-        which = f"prompt {int(sizes.argmax())} has {longest} tokens and may get {new} more"
-        if longest + new > self.positions:
-            raise ValueError(f"{which}, but the model has {self.positions} positions")
-        if self.window and longest + new > self.window:
-            raise ValueError(
-                f"{which}, beyond the sliding window of {self.window}: use the vLLM engine"
-            )
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """Sample `sampling.n` responses to each prompt (token ids); without prompts, a rollout
-        without rows.
-
-        ValueError for a prompt that is empty or leaves no room; FloatingPointError where the model
-        gives
-        numbers that are not finite."""
-        if not len(prompts):
-            return self._no_rows()
-        recording = record(self.model) if self.routes else nullcontext()
-        with torch.inference_mode(), recording as recorder:
-            call = _Call(self, prompts, sampling)
-            while call.running:
-                if call.wants_change:
-                    call.change(recorder)
-                    continue
-                call.sample()
-                if call.dead < len(call.request):
-                    call.feed(recorder)
-        out = call.rollout()
-        bad = ~torch.isfinite(out.logp_mu)
-        if bad.any():
-            raise FloatingPointError(
-                f"the engine sampled a token with log-probability {float(out.logp_mu[bad][0])}: "
-                "its weights "
-                "or activations are not finite"
-            )
-        return validate(out, vocab_size=self.vocab_size)
-
-    def _no_rows(self) -> Rollout:
-        "What a rank has whose share of the prompts is empty."
-        none = torch.zeros(0, dtype=torch.long)
-        out = Rollout(
-            tokens=none.view(0, 0),
-            prompt_length=none,
-            length=none,
-            logp_mu=torch.zeros(0, 0),
-            group=none,
-            policy_version=self.version,
-        )
-        if self.routes:
-            found = list(routers(self.model).values())
-            dtype = routes_dtype(max(r.experts for r in found))
-            out.routes = torch.zeros(0, 0, len(found), found[0].top_k, dtype=dtype)
-        return out
-
-    def score(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-        "[B, T] log-probabilities of the sampled tokens, teacher-forced, in the engine's numerics."
-        with torch.no_grad():
-            logp, _ = token_logprobs(
-                self.model,
-                rollout.tokens.to(self.model.device),
-                rollout.response_mask.to(self.model.device),
-                temperature=temperature or 1.0,
-                entropy=False,
-            )
-        return logp
 
     def load(
         self,
@@ -396,3 +394,63 @@ class TorchEngine:
     def close(self) -> None:
         "Drop the model."
         self.model = None
+
+# %% ../nbs/10_rollout.ipynb #95313bee
+class TorchEngine(_OwnModel):
+    """Rollouts with the Hugging Face model itself, on any device.
+
+    model: the trainer's model; the engine works on a deep copy.
+    fp8: a scheme of `fp8.SCHEMES`, emulated, or None.
+    routes: record the experts of every token (needs a mixture-of-experts model).
+    max_batch: most responses that run at once.
+    prefill_tokens: most prompt tokens in one prefill.
+    tokenizer: may name an end token that the model does not (`decoding.end_tokens`).
+    eos_token_id: exactly the tokens that end a response; None: all that the model and the tokenizer
+        name. pad_token_id: None takes the tokenizer's or the model's.
+    dtype, device: of the copy; None keeps the model's.
+
+    ValueError for a model whose layers keep another state than keys and values (linear attention),
+    or that has no end token; TypeError for routes of a dense model; NotImplementedError for a
+    family whose head `policy.Head` does not describe.
+    """
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        """Sample `sampling.n` responses to each prompt (token ids); without prompts, a rollout
+        without rows.
+
+        ValueError for a prompt that is empty or leaves no room; FloatingPointError where the model
+        gives
+        numbers that are not finite."""
+        if not len(prompts):
+            return _no_rows(self)
+        recording = record(self.model) if self.routes else nullcontext()
+        with torch.inference_mode(), recording as recorder:
+            call = _Call(self, prompts, sampling)
+            while call.running:
+                if call.wants_change:
+                    call.change(recorder)
+                    continue
+                call.sample()
+                if call.slots.dead < len(call.slots):
+                    call.feed(recorder)
+        out = call.results.rollout(self.version)
+        bad = ~torch.isfinite(out.logp_mu)
+        if bad.any():
+            raise FloatingPointError(
+                f"the engine sampled a token with log-probability {float(out.logp_mu[bad][0])}: "
+                "its weights "
+                "or activations are not finite"
+            )
+        return validate(out, vocab_size=self.vocab_size)
+
+    def score(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+        "[B, T] log-probabilities of the sampled tokens, teacher-forced, in the engine's numerics."
+        with torch.no_grad():
+            logp, _ = token_logprobs(
+                self.model,
+                rollout.tokens.to(self.model.device),
+                rollout.response_mask.to(self.model.device),
+                temperature=temperature or 1.0,
+                entropy=False,
+            )
+        return logp

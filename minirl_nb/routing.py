@@ -81,21 +81,44 @@ _CALLS: dict[str, tuple[tuple, Callable[..., Any], type]] = {
 _SITES: "weakref.WeakKeyDictionary[nn.Module, _Site]" = weakref.WeakKeyDictionary()
 
 # %% ../nbs/07a_replay.ipynb #57988f48
-class _Site(TorchFunctionMode):
-    """Stands in for the forward of one router while somebody records or replays it.
+def _chooses_experts(router, scores, k, dim):
+    "Is this the call that chooses experts? Some routers ask for groups first."
+    asked = router.top_k if router.call == "topk" else 1
+    shape = scores.ndim, scores.shape[-1], k
+    return shape == (router.rank, router.experts, asked) and dim in (-1, router.rank - 1)
 
-    The mode is entered inside the router's forward, not around the model: activation checkpointing
-    recomputes a layer in the thread of the backward pass, where a mode entered outside is not
-    active.
-    """
+
+def _all_chosen(router, chosen):
+    "The experts [..., K] of one forward. RuntimeError where there are not K of them."
+    width = sum(c.shape[-1] for c in chosen)
+    if width != router.top_k:
+        raise RuntimeError(
+            f"{router.name}: {width} experts a token were chosen out of {router.experts} in "
+            f"one forward instead of {router.top_k}; {type(router.module).__name__} does not "
+            f"ask by one {router.call} for each"
+        )
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, -1)
+
+
+def _refuse_sampling(router):
+    "RuntimeError for a router whose forward is another function in training mode."
+    if router.call == "max" and router.module.training:
+        raise RuntimeError(
+            f"{router.name} is a {type(router.module).__name__}, which samples its experts in "
+            "training mode; the rollout does not: put the router into eval mode (it still gets "
+            "its gradient)"
+        )
+
+# %% ../nbs/07a_replay.ipynb #e1927829
+class _StandIn(TorchFunctionMode):
+    "The part of `_Site` that takes the place of a router's forward, and gives it back."
 
     def __init__(self, router):
         super().__init__()
         self.router, module = router, router.module
         self.recorders, self.replays = [], []
-        self.place = (
-            None  # of the chosen experts in the router's output, once a forward has shown it
-        )
+        # of the chosen experts in the router's output, once a forward has shown it
+        self.place = None
         self.functions, self.arguments, self.answer_type = _CALLS[router.call]
         if _is_ours(module):  # a copy of a model, made while that was recorded or replayed
             del module.forward
@@ -112,38 +135,30 @@ class _Site(TorchFunctionMode):
                 module.forward = self.wrapper
         del _SITES[module]
 
+# %% ../nbs/07a_replay.ipynb #a2c49e4e
+class _Site(_StandIn):
+    """Stands in for the forward of one router while somebody records or replays it.
+
+    The mode is entered inside the router's forward, not around the model: activation checkpointing
+    recomputes a layer in the thread of the backward pass, where a mode entered outside is not
+    active.
+    """
+
     def route(self, *args, **kwargs):
         "The router's forward, recorded and replayed."
         if self.place is not None and not self.replays:  # only recording: no mode is needed
             out = self.live(*args, **kwargs)
             self._report(out[self.place])
             return out
-        router = self.router
-        if router.call == "max" and router.module.training:
-            raise RuntimeError(
-                f"{router.name} is a {type(router.module).__name__}, which samples its experts in "
-                "training mode; the rollout does not: put the router into eval mode (it still gets "
-                "its gradient)"
-            )
+        _refuse_sampling(self.router)
         self.chosen, self.masked, self.unmasked = [], None, None
         with self:
             out = self.live(*args, **kwargs)
-        chosen = self._all_chosen()
+        chosen = _all_chosen(self.router, self.chosen)
         if isinstance(out, tuple) and not self.replays:
             self.place = next((i for i, o in enumerate(out) if o is chosen), None)
         self._report(chosen)
         return out
-
-    def _all_chosen(self):
-        "The experts [..., K] of one forward. RuntimeError where there are not K of them."
-        router, width = self.router, sum(c.shape[-1] for c in self.chosen)
-        if width != router.top_k:
-            raise RuntimeError(
-                f"{router.name}: {width} experts a token were chosen out of {router.experts} in "
-                f"one forward instead of {router.top_k}; {type(router.module).__name__} does not "
-                f"ask by one {router.call} for each"
-            )
-        return self.chosen[0] if len(self.chosen) == 1 else torch.cat(self.chosen, -1)
 
     def _report(self, chosen):
         for recorder in self.recorders:
@@ -157,18 +172,11 @@ class _Site(TorchFunctionMode):
         if func not in self.functions:
             return live()
         scores, k, dim = self.arguments(*args, **kwargs or {})
-        if not self._chooses_experts(scores, k, dim):
+        if not _chooses_experts(self.router, scores, k, dim):
             return live()
         out = self._replayed(scores, k, live) if self.replays else live()
         self.chosen.append(out[1])
         return out
-
-    def _chooses_experts(self, scores, k, dim):
-        "Is this the call that chooses experts? Some routers ask for groups first."
-        router = self.router
-        asked = router.top_k if router.call == "topk" else 1
-        shape = scores.ndim, scores.shape[-1], k
-        return shape == (router.rank, router.experts, asked) and dim in (-1, router.rank - 1)
 
     def _replayed(self, scores, k, live):
         "The call's answer with recorded experts."
@@ -289,6 +297,69 @@ def _awaits_recomputation():
     return False
 
 # %% ../nbs/07a_replay.ipynb #86390dd8
+class _Recorded:
+    "Routes as a model asks for them: all rows of one layer, widened when they are used."
+
+    def __init__(self, routes, valid, routers, top_k):
+        self.length = None
+        if isinstance(routes, Ragged):  # kept as they are; a forward may be packed or padded
+            self.length, self._padded_valid = routes.length, valid
+            routes, valid = routes.values[None], Ragged.pack(valid, routes.length).values[None]
+        check_routes(routes, valid, list(routers), [r.experts for r in routers.values()], top_k)
+        self.routes, self.valid = routes, valid
+        self._layer = {name: i for i, name in enumerate(routers)}
+        self._all_valid = bool(valid.all())
+
+    def are_all(self, n):
+        "Has each of a forward's n tokens a route?"
+        return self._all_valid and n == self.valid.numel()
+
+    def rows(self, name, columns, n, device):
+        "int64 [n, k] recorded experts of one layer and bool [n], for a forward of n tokens."
+        if self.routes.device != device:
+            self.routes = self.routes.to(device)  # once, packed as they are
+        rows, valid = self.routes[:, :, self._layer[name], columns], self.valid
+        if self.length is not None and n != rows.shape[1] and n == self._padded_valid.numel():
+            valid = self._padded_valid
+            rows = Ragged(rows[0], self.length).padded(valid.shape[1])
+        rows, valid = rows.to(torch.int64).flatten(0, 1), valid.flatten().to(device)
+        if rows.shape[0] != n:
+            B, T = self.routes.shape[:2]
+            raise ValueError(
+                f"{name}: this forward has {n} tokens, routes {list(self.routes.shape)} are for "
+                f"{B} x {T} = {rows.shape[0]}"
+            )
+        return rows, valid
+
+# %% ../nbs/07a_replay.ipynb #9297db4c
+def _check_forwards(counts, pending, nan):
+    "Errors known only at the end: routers not asked, or unequally often, or NaN scores."
+    missing = [name for name, count in counts.items() if not count]
+    if missing:
+        raise RuntimeError(
+            f"replay reached {len(counts) - len(missing)} of {len(counts)} routers, not "
+            f"{', '.join(missing[:3])}: there was no forward, or it went around them"
+        )
+    if len(set(counts.values())) > 1:
+        raise RuntimeError(
+            f"routers were asked unequally often ({counts}): one of them routes for several "
+            "layers, and routes cannot say which"
+        )
+    if pending:
+        raise RuntimeError(
+            "replay was left before the backward pass of "
+            f"{', '.join(sorted(pending)[:3])}: its checkpoint would recompute with live "
+            "experts; call backward() inside the `with`"
+        )
+    found = torch.stack(list(nan.values()))
+    if bool(found.any()):
+        first = list(nan)[int(found.nonzero()[0])]
+        raise ValueError(
+            f"{first}: the scores of {int(found.sum())} of {len(counts)} routers, this one "
+            "first, hold NaN where a route is valid"
+        )
+
+# %% ../nbs/07a_replay.ipynb #2361c778
 class replay(_Attached):
     """`with replay(model, routes, valid):` forwards use the recorded experts.
 
@@ -310,20 +381,12 @@ class replay(_Attached):
     def __init__(
         self,
         model: nn.Module,
-        routes: Tensor
-        | Ragged,  # uint8 (uint16 above 256 experts) [B, T, L, K], or values [n, L, K]
+        # uint8 (uint16 above 256 experts) [B, T, L, K], or values [n, L, K]
+        routes: Tensor | Ragged,
         valid: Tensor,  # bool [B, T]: rows that have a route
     ):
         super().__init__(model)
-        self.length = None
-        if isinstance(routes, Ragged):  # kept as they are; a forward may be packed or padded
-            self.length, self._padded_valid = routes.length, valid
-            routes, valid = routes.values[None], Ragged.pack(valid, routes.length).values[None]
-        experts = [r.experts for r in self.routers.values()]
-        check_routes(routes, valid, list(self.routers), experts, self.top_k)
-        self.routes, self.valid = routes, valid
-        self._layer = {name: i for i, name in enumerate(self.routers)}
-        self._all_valid = bool(valid.all())
+        self.recorded = _Recorded(routes, valid, self.routers, self.top_k)
         self._forwards = dict.fromkeys(self.routers, 0)
         self._pending, self._nan = set(), {}
 
@@ -331,7 +394,7 @@ class replay(_Attached):
         "Values and indices [..., k] for a router's call: recorded experts with their live scores."
         name, scores = question.router.name, question.scores
         n = scores[..., 0].numel()
-        rows, valid = self._rows(name, question.columns, n, scores.device)
+        rows, valid = self.recorded.rows(name, question.columns, n, scores.device)
         # A checkpoint that is not reentrant counts what a forward saves. One thing more than the
         # live router saves makes it notice a recomputation outside this `with`, where the choice
         # would be live and the gradient silently wrong.
@@ -342,26 +405,9 @@ class replay(_Attached):
         else:
             self._keep_account(name, question.unmasked.detach().flatten(0, -2), valid)
         rows = rows.view(*scores.shape[:-1], -1)
-        if not (self._all_valid and n == self.valid.numel()):
+        if not self.recorded.are_all(n):
             rows = torch.where(valid.view(*scores.shape[:-1], 1), rows, question.live()[1])
         return question.unmasked.gather(-1, rows), rows
-
-    def _rows(self, name, columns, n, device):
-        "int64 [n, k] recorded experts of one layer and bool [n], for a forward of n tokens."
-        if self.routes.device != device:
-            self.routes = self.routes.to(device)  # once, packed as they are
-        rows, valid = self.routes[:, :, self._layer[name], columns], self.valid
-        if self.length is not None and n != rows.shape[1] and n == self._padded_valid.numel():
-            valid = self._padded_valid
-            rows = Ragged(rows[0], self.length).padded(valid.shape[1])
-        rows, valid = rows.to(torch.int64).flatten(0, 1), valid.flatten().to(device)
-        if rows.shape[0] != n:
-            B, T = self.routes.shape[:2]
-            raise ValueError(
-                f"{name}: this forward has {n} tokens, routes {list(self.routes.shape)} are for "
-                f"{B} x {T} = {rows.shape[0]}"
-            )
-        return rows, valid
 
     def _keep_account(self, name, scores, valid):
         "Count a forward and note NaN scores; looking at them here would wait for the device."
@@ -374,32 +420,4 @@ class replay(_Attached):
     def __exit__(self, kind, value, traceback):
         super().__exit__(kind, value, traceback)
         if kind is None:
-            self._check_forwards()
-
-    def _check_forwards(self):
-        "Errors known only at the end: routers not asked, or unequally often, or NaN scores."
-        counts = self._forwards
-        missing = [name for name, count in counts.items() if not count]
-        if missing:
-            raise RuntimeError(
-                f"replay reached {len(counts) - len(missing)} of {len(counts)} routers, not "
-                f"{', '.join(missing[:3])}: there was no forward, or it went around them"
-            )
-        if len(set(counts.values())) > 1:
-            raise RuntimeError(
-                f"routers were asked unequally often ({counts}): one of them routes for several "
-                "layers, and routes cannot say which"
-            )
-        if self._pending:
-            raise RuntimeError(
-                "replay was left before the backward pass of "
-                f"{', '.join(sorted(self._pending)[:3])}: its checkpoint would recompute with live "
-                "experts; call backward() inside the `with`"
-            )
-        nan = torch.stack(list(self._nan.values()))
-        if bool(nan.any()):
-            first = list(self._nan)[int(nan.nonzero()[0])]
-            raise ValueError(
-                f"{first}: the scores of {int(nan.sum())} of {len(counts)} routers, this one "
-                "first, hold NaN where a route is valid"
-            )
+            _check_forwards(self._forwards, self._pending, self._nan)

@@ -21,7 +21,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from .packed import pack_attention
 from .policy import token_logprobs
 from .report import Observer, append_row, read_evaluations, read_rows
 from .rollout import Engine, TorchEngine
+from .routers import Router
 from .tasks import data_path
 from .world import World
 
@@ -156,200 +157,89 @@ def make_engine(run: "Run") -> Engine:
     return VLLMEngine(run.model, run.tokenizer, **options)
 
 # %% ../nbs/14g_run.ipynb #f65fad3d
-class Run:
-    """The state of one training run, and what its phases share.
+def _load_model(run: "Run", checkpoint: Path | None) -> None:
+    "The model on this world's device, its tokenizer, its routers, and how it computes."
+    config = replace(run.config, parallel=run.parallel)
+    hugging_face = checkpoint and not (checkpoint / "shards").is_dir()
+    source = checkpoint if hugging_face else config.model.path
+    run.model = run.world.load_model(config, source)
+    run.model.eval()  # pi must be one function: no dropout
+    run.tokenizer = run.task.tokenizer
+    if run.tokenizer is None:
+        from transformers import AutoTokenizer
 
-    Errors: those of `checks.check`; ValueError with the sentence that `refuse` returns."""
+        run.tokenizer = AutoTokenizer.from_pretrained(data_path(config.model.path))
+    needed = config.objective.replay in ("R2", "R3")
+    find_routers = routing.routers if needed else routing.routers_or_none
+    run.routers = find_routers(run.model)
+    if run.routers:
+        run.model.set_experts_implementation(config.model.experts)
+    run.replay = replay_of(config, bool(run.routers))
+    if config.model.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+        run.model.train()
+    # computed on; offloaded parameters are elsewhere
+    run.device = run.world.device or run.model.device
+    if config.batch.packed:
+        pack_attention(run.model, run.device)
+    run._balance_length = _balance_length(run.model, run.routers)
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World | None = None,
-        # given a config and a number of processes: why they cannot run here, or None
-        refuse: Callable[[RunConfig, int], str | None] | None = None,
-        # and whether each of them has room for a whole model
-        whole: Callable[[RunConfig, int], bool] | None = None,
-    ):
-        self.world, self.config = world or World(), config
-        check(config, self.world.size)
-        if reason := self._ask(refuse):
-            raise ValueError(reason)
-        replicas = config.parallel.shard is None and self._ask(whole)
-        self.parallel = replace(config.parallel, shard=1) if replicas else config.parallel
-        self.objective, self.folder = objective_of(config), Path(config.output.folder)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        tune_allocator()
-        torch.manual_seed(config.seed)
-        self.task = tasks.load(config.task.name, benchmarks=config.task.benchmarks or None)
-        checkpoint = self.world.gather(newest_checkpoint(self.folder))[0]
-        self._load_model(checkpoint)
-        self._check_sizes()
-        self.optimizer = self.world.optimizer(self.model, config.optimizer)
-        self.step = self.rollout_step = 0
-        self.rows: list[dict] = []  # metrics so far
-        self.evaluations: dict[int, dict[str, Any]] = {}
-        self.parity_band: float | None = None  # of the parity probe, measured at the first one
-        self._complete_checkpoint: Callable[[bool], bool] | None = None  # of one being written
-        self._open_folder(checkpoint)
-        self.observers: list[Observer] = []  # while the loop runs
-        self.engine = make_engine(self)
 
-    def _ask(self, question: Callable[[RunConfig, int], Any] | None) -> Any:
-        "Rank 0's answer to a question about this run, on all ranks; None where nobody can answer."
-        asked = question is not None and self.world.chief
-        return self.world.gather(question(self.config, self.world.size) if asked else None)[0]
+def _balance_length(model: torch.nn.Module, routers: dict[str, Router]) -> float:
+    "The length of a response at which attention takes as long as the matrices: see `Run.cost`."
+    c = model.config.get_text_config()
+    E, K = next(((r.experts, r.top_k) for r in routers.values()), (1, 1))
+    active = sum(
+        p.numel() * (K / E if p.ndim == 3 and p.shape[0] == E else 1) for p in model.parameters()
+    )
+    head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return active / (c.num_hidden_layers * c.num_attention_heads * head_size)
 
-    def _load_model(self, checkpoint: Path | None) -> None:
-        config = replace(self.config, parallel=self.parallel)
-        hugging_face = checkpoint and not (checkpoint / "shards").is_dir()
-        source = checkpoint if hugging_face else config.model.path
-        self.model = self.world.load_model(config, source)
-        self.model.eval()  # pi must be one function: no dropout
-        self.tokenizer = self.task.tokenizer
-        if self.tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(data_path(config.model.path))
-        needed = config.objective.replay in ("R2", "R3")
-        find_routers = routing.routers if needed else routing.routers_or_none
-        self.routers = find_routers(self.model)
-        if self.routers:
-            self.model.set_experts_implementation(config.model.experts)
-        self.replay = replay_of(config, bool(self.routers))
-        if config.model.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.train()
-        # computed on; offloaded parameters are elsewhere
-        self.device = self.world.device or self.model.device
-        if config.batch.packed:
-            pack_attention(self.model, self.device)
-        self._balance_length = self._find_balance_length()
-
-    def _find_balance_length(self) -> float:
-        "The length of a response at which attention takes as long as the matrices: see `cost`."
-        c = self.model.config.get_text_config()
-        E, K = next(((r.experts, r.top_k) for r in self.routers.values()), (1, 1))
-        active = sum(
-            p.numel() * (K / E if p.ndim == 3 and p.shape[0] == E else 1)
-            for p in self.model.parameters()
+# %% ../nbs/14g_run.ipynb #6564253b
+def _check_sizes(run: "Run") -> None:
+    "Whether prompts leave room for responses, and the tokenizer belongs to the model."
+    longest = max(len(run.encode(p)) for p in run.task.problems[:256])
+    positions = run.model.config.get_text_config().max_position_embeddings
+    new_tokens = run.config.rollout.max_new_tokens
+    if longest + new_tokens > positions:
+        raise ValueError(
+            f"rollout.max_new_tokens is {new_tokens} and prompts have up to {longest} tokens, "
+            f"but the model has {positions} positions"
         )
-        head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        return active / (c.num_hidden_layers * c.num_attention_heads * head_size)
-
-    def _check_sizes(self) -> None:
-        "Whether prompts leave room for responses, and the tokenizer belongs to the model."
-        longest = max(len(self.encode(p)) for p in self.task.problems[:256])
-        positions = self.model.config.get_text_config().max_position_embeddings
-        new_tokens = self.config.rollout.max_new_tokens
-        if longest + new_tokens > positions:
-            raise ValueError(
-                f"rollout.max_new_tokens is {new_tokens} and prompts have up to {longest} tokens, "
-                f"but the model has {positions} positions"
-            )
-        size = self.model.get_input_embeddings().num_embeddings
-        if len(self.tokenizer) > size:
-            raise ValueError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model {size}: they do not "
-                "belong together"
-            )
-        beyond = [t for t in self.config.rollout.end_tokens if not 0 <= t < size]
-        if beyond:
-            raise ValueError(
-                f"rollout.end_tokens names {beyond[0]}, but the model has tokens 0 to {size - 1}"
-            )
-
-    # ------------------------------------------------------------------ the run folder
-    def _open_folder(self, checkpoint: Path | None) -> None:
-        "Write what the run is, or go on from its newest checkpoint."
-        if not checkpoint:
-            self._start_from_elsewhere()
-        if self.world.chief:
-            changes = changes_of(self.config)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            stored = replace(self.config, resume=False, allow_change=False)
-            write_atomically(self.folder / "config.yaml", config_yaml(stored))
-            problems = json.dumps(self.task.provenance(), indent=1) + "\n"
-            write_atomically(self.folder / "problems.json", problems)
-        if checkpoint:
-            self._load_state(checkpoint)
-        elif self.world.chief:
-            write_atomically(self.folder / "metrics.jsonl", "")
-        if self.world.chief and changes:
-            with open(self.folder / "changes.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": self.step, "changes": changes}) + "\n")
-
-    def _start_from_elsewhere(self) -> None:
-        "The optimiser's state of the checkpoint that the weights came from, where it is asked for."
-        if not self.config.optimizer.from_checkpoint:
-            return
-        source = Path(data_path(self.config.model.path))
-        if not (source / "optimizer.safetensors").is_file():
-            raise ValueError(
-                f"optimizer.from_checkpoint: {source} holds no optimizer.safetensors; "
-                "model.path must be a checkpoint (runs/NAME/checkpoints/step_...) of one process"
-            )
-        self.world.restore(self.model, self.optimizer, source)
-
-    def _load_state(self, checkpoint: Path) -> None:
-        state = json.loads((checkpoint / "state.json").read_text())
-        self.step, self.rollout_step = state["step"], state["rollout_step"]
-        self.parity_band = state["band"]
-        self.world.restore(self.model, self.optimizer, checkpoint)
-        if self.world.chief:
-            self.rows = read_rows(self.folder, self.step)
-            self.evaluations = read_evaluations(self.folder, self.step)
-
-    def append(self, row: dict[str, Any]) -> None:
-        "A row of metrics, in memory and in metrics.jsonl."
-        self.rows.append(append_row(self.folder, row))
-
-    def checkpoint(self) -> None:
-        """Begin a checkpoint of this step. One process writes it here and now; many go on training
-        while their shards are being written."""
-        self.complete_checkpoint(wait=True)
-        counters = {"step": self.step, "rollout_step": self.rollout_step}
-        self._complete_checkpoint = begin_checkpoint(
-            self.world,
-            self.model,
-            self.optimizer,
-            self.tokenizer,
-            self.folder,
-            counters | {"band": self.parity_band},
-            self.config.output.keep,
+    size = run.model.get_input_embeddings().num_embeddings
+    if len(run.tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer has {len(run.tokenizer)} tokens, the model {size}: they do not "
+            "belong together"
         )
-        self.complete_checkpoint()
+    beyond = [t for t in run.config.rollout.end_tokens if not 0 <= t < size]
+    if beyond:
+        raise ValueError(
+            f"rollout.end_tokens names {beyond[0]}, but the model has tokens 0 to {size - 1}"
+        )
 
-    def complete_checkpoint(self, wait: bool = False) -> None:
-        "Give the checkpoint its name if it is written; with `wait`, wait until it is."
-        if self._complete_checkpoint is not None and self._complete_checkpoint(wait):
-            self._complete_checkpoint = None
+# %% ../nbs/14g_run.ipynb #eb613f5d
+def _joined_rows(given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    "Columns [b, T], the first of them, and [b] of several ranks, padded to the longest row."
+    T = max(columns[0].shape[1] for columns in given)
 
-    # ------------------------------------------------------------------ what comes next
-    def encode(self, problem) -> list[int]:
-        "The tokens of a problem's prompt."
-        return self.task.encode(problem, self.tokenizer)
+    def widen(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, T - x.shape[1])) if x.ndim == 2 else x
 
-    def problems(self, start: int, n: int) -> list:
-        "Problems number start .. start + n of the endless stream of shuffled epochs."
-        size, out = len(self.task.problems), []
-        while len(out) < n:
-            epoch, at = divmod(start + len(out), size)
-            generator = torch.Generator().manual_seed(seed_of(self.config.seed, "order", epoch))
-            order = torch.randperm(size, generator=generator)
-            out += [self.task.problems[i] for i in order[at : at + n - len(out)].tolist()]
-        return out
+    return [torch.cat([widen(x) for x in parts]) for parts in zip(*given)]
 
-    def is_due(self, every: int) -> bool:
-        "Has this rollout step passed a multiple of `every` gradient steps?"
-        if every <= 0:
-            return False
-        return self.step // every > (self.step - self.config.batch.updates) // every
+# %% ../nbs/14g_run.ipynb #ca27e740
+class _Computing:
+    "The part of `Run` that computes with the policy: micro-batches, and what a forward needs."
 
-    def is_finished(self) -> bool:
-        return self.step >= self.config.steps
+    config: RunConfig
+    world: World
+    model: Any  # the policy
+    routers: dict[str, Router]  # its own, by name; empty for a dense model
+    replay: str  # "none", "R2" or "R3"
+    device: torch.device  # computed on; offloaded parameters are elsewhere
+    _balance_length: float  # tokens
 
-    # ------------------------------------------------------------------ computing with the policy
     def cost(self, length: Tensor) -> Tensor:
         """How long a response takes, in units of a token. Matrix products grow with its length,
         attention with its square; both take the same time at a length of active parameters /
@@ -397,6 +287,129 @@ class Run:
             return contextlib.nullcontext()
         return routing.replay(self.model, part.routes, part.routes_valid)
 
+    def gather_rows(self, columns: list[Tensor]) -> list[Tensor] | None:
+        "Columns [b] and [b, T] with the rows of all ranks, on rank 0; None on the others."
+        given = self.world.gather_to_chief(columns)
+        if given is None or len(given) == 1:
+            return given and given[0]
+        return _joined_rows(given)
+
+# %% ../nbs/14g_run.ipynb #d0aadb66
+def _open_folder(run: "Run", checkpoint: Path | None) -> None:
+    "Write what the run is, or go on from its newest checkpoint."
+    if not checkpoint:
+        _take_moments(run)
+    if run.world.chief:
+        changes = changes_of(run.config)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        stored = replace(run.config, resume=False, allow_change=False)
+        write_atomically(run.folder / "config.yaml", config_yaml(stored))
+        problems = json.dumps(run.task.provenance(), indent=1) + "\n"
+        write_atomically(run.folder / "problems.json", problems)
+    if checkpoint:
+        _load_state(run, checkpoint)
+    elif run.world.chief:
+        write_atomically(run.folder / "metrics.jsonl", "")
+    if run.world.chief and changes:
+        with open(run.folder / "changes.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": run.step, "changes": changes}) + "\n")
+
+
+def _take_moments(run: "Run") -> None:
+    "The optimiser's state of the checkpoint that the weights came from, where it is asked for."
+    if not run.config.optimizer.from_checkpoint:
+        return
+    source = Path(data_path(run.config.model.path))
+    if not (source / "optimizer.safetensors").is_file():
+        raise ValueError(
+            f"optimizer.from_checkpoint: {source} holds no optimizer.safetensors; "
+            "model.path must be a checkpoint (runs/NAME/checkpoints/step_...) of one process"
+        )
+    run.world.restore(run.model, run.optimizer, source)
+
+
+def _load_state(run: "Run", checkpoint: Path) -> None:
+    "Go on from a checkpoint: counters, weights, moments, and the metrics up to it."
+    state = json.loads((checkpoint / "state.json").read_text())
+    run.step, run.rollout_step = state["step"], state["rollout_step"]
+    run.parity_band = state["band"]
+    run.world.restore(run.model, run.optimizer, checkpoint)
+    if run.world.chief:
+        run.rows = read_rows(run.folder, run.step)
+        run.evaluations = read_evaluations(run.folder, run.step)
+
+# %% ../nbs/14g_run.ipynb #e47b1f65
+class _Records(_Computing):
+    "The part of `Run` that counts steps and writes them down: rows of metrics and checkpoints."
+
+    folder: Path
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    step: int  # gradient steps so far
+    rollout_step: int
+    rows: list[dict[str, Any]]  # metrics so far
+    parity_band: float | None  # of the parity probe, measured at the first one
+    _complete_checkpoint: Callable[[bool], bool] | None  # of one being written
+
+    def append(self, row: dict[str, Any]) -> None:
+        "A row of metrics, in memory and in metrics.jsonl."
+        self.rows.append(append_row(self.folder, row))
+
+    def checkpoint(self) -> None:
+        """Begin a checkpoint of this step. One process writes it here and now; many go on training
+        while their shards are being written."""
+        self.complete_checkpoint(wait=True)
+        counters = {"step": self.step, "rollout_step": self.rollout_step}
+        self._complete_checkpoint = begin_checkpoint(
+            self.world,
+            self.model,
+            self.optimizer,
+            self.tokenizer,
+            self.folder,
+            counters | {"band": self.parity_band},
+            self.config.output.keep,
+        )
+        self.complete_checkpoint()
+
+    def complete_checkpoint(self, wait: bool = False) -> None:
+        "Give the checkpoint its name if it is written; with `wait`, wait until it is."
+        if self._complete_checkpoint is not None and self._complete_checkpoint(wait):
+            self._complete_checkpoint = None
+
+# %% ../nbs/14g_run.ipynb #965ee428
+def _shuffled(items: Sequence[Any], seed: int, start: int, n: int) -> list[Any]:
+    "Items number start .. start + n of the endless stream of shuffled epochs."
+    out: list[Any] = []
+    while len(out) < n:
+        epoch, at = divmod(start + len(out), len(items))
+        generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+        order = torch.randperm(len(items), generator=generator)
+        out += [items[i] for i in order[at : at + n - len(out)].tolist()]
+    return out
+
+# %% ../nbs/14g_run.ipynb #4a9cd09c
+class _Progress(_Records):
+    "The part of `Run` that knows what comes next, and whether a run may go on."
+
+    task: tasks.Task
+
+    def encode(self, problem) -> list[int]:
+        "The tokens of a problem's prompt."
+        return self.task.encode(problem, self.tokenizer)
+
+    def problems(self, start: int, n: int) -> list:
+        "Problems number start .. start + n of the endless stream of shuffled epochs."
+        return _shuffled(self.task.problems, self.config.seed, start, n)
+
+    def is_due(self, every: int) -> bool:
+        "Has this rollout step passed a multiple of `every` gradient steps?"
+        if every <= 0:
+            return False
+        return self.step // every > (self.step - self.config.batch.updates) // every
+
+    def is_finished(self) -> bool:
+        return self.step >= self.config.steps
+
     def finite(self, x: Tensor, phase: str, what: str) -> float:
         "The number, or TrainingError where it is not finite."
         value = float(x.detach())
@@ -410,14 +423,47 @@ class Run:
             f"{where}"
         )
 
-    def gather_rows(self, columns: list[Tensor]) -> list[Tensor] | None:
-        "Columns [b] and [b, T] with the rows of all ranks, on rank 0; None on the others."
-        given = self.world.gather_to_chief(columns)
-        if given is None or len(given) == 1:
-            return given and given[0]
-        T = max(g[0].shape[1] for g in given)
+# %% ../nbs/14g_run.ipynb #1676c6ee
+class Run(_Progress):
+    """The state of one training run, and what its phases share.
 
-        def widen(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, T - x.shape[1])) if x.ndim == 2 else x
+    Errors: those of `checks.check`; ValueError with the sentence that `refuse` returns."""
 
-        return [torch.cat([widen(x) for x in parts]) for parts in zip(*given)]
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World | None = None,
+        # given a config and a number of processes: why they cannot run here, or None
+        refuse: Callable[[RunConfig, int], str | None] | None = None,
+        # and whether each of them has room for a whole model
+        whole: Callable[[RunConfig, int], bool] | None = None,
+    ):
+        self.world, self.config = world or World(), config
+        check(config, self.world.size)
+        if reason := self._ask(refuse):
+            raise ValueError(reason)
+        replicas = config.parallel.shard is None and self._ask(whole)
+        self.parallel = replace(config.parallel, shard=1) if replicas else config.parallel
+        self.objective, self.folder = objective_of(config), Path(config.output.folder)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        tune_allocator()
+        torch.manual_seed(config.seed)
+        self.task = tasks.load(config.task.name, benchmarks=config.task.benchmarks or None)
+        checkpoint = self.world.gather(newest_checkpoint(self.folder))[0]
+        _load_model(self, checkpoint)
+        _check_sizes(self)
+        self.optimizer = self.world.optimizer(self.model, config.optimizer)
+        self.step = self.rollout_step = 0
+        self.rows = []
+        self.evaluations: dict[int, dict[str, Any]] = {}
+        self.parity_band = None
+        self._complete_checkpoint = None
+        _open_folder(self, checkpoint)
+        self.observers: list[Observer] = []  # while the loop runs
+        self.engine = make_engine(self)
+
+    def _ask(self, question: Callable[[RunConfig, int], Any] | None) -> Any:
+        "Rank 0's answer to a question about this run, on all ranks; None where nobody can answer."
+        asked = question is not None and self.world.chief
+        return self.world.gather(question(self.config, self.world.size) if asked else None)[0]

@@ -47,6 +47,7 @@ from .config import RunConfig, config_yaml, load_config, read_shipped, shipped
 from .parity import ParityError
 from .parsing import parse_config
 from .run import TrainingError
+from .sources import graph, module_files, reached
 from .train import train
 
 # %% ../nbs/15a_study.ipynb #0688f760
@@ -134,24 +135,6 @@ def load_study(name: str | Path) -> Study:
         raise ValueError(said if said.startswith(str(path)) else f"{path}: {said}") from error
 
 # %% ../nbs/15a_study.ipynb #915fffb8
-def _imported(tree: ast.AST, here: str, known: dict[str, Path]) -> set[str]:
-    "Modules of the package that a module's source imports; `here` is its dotted name."
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = [*here.split(".")[: -node.level]] if node.level else []
-            stem = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{stem}.{alias.name}" for alias in node.names] + [stem]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            found |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)} & set(known)
-    return found
-
-
 def _bare(tree: ast.AST) -> str:
     "Source without docstrings; comments and layout are gone already."
     for node in ast.walk(tree):
@@ -170,22 +153,12 @@ def _is_text(node: ast.AST) -> bool:
 def code_hash(entry: str = "train") -> str:
     """SHA-256 of the code that a module of the package runs: the module and all it imports from the
     package, without comments and docstrings."""
-    root = Path(str(importlib.resources.files("minirl_nb")))
-    known = {}
-    for path in root.rglob("*.py"):
-        parts = ("minirl_nb", *path.relative_to(root).with_suffix("").parts)
-        known[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    seen: dict[str, str] = {}
-    waiting = [f"minirl_nb.{entry}"]
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        tree = ast.parse(known[name].read_text(encoding="utf-8"))
-        here = f"{name}.__init__" if known[name].stem == "__init__" else name
-        waiting += sorted(_imported(tree, here, known))
-        seen[name] = _bare(tree)
-    text = "\n".join(f"{name}\n{seen[name]}" for name in sorted(seen))
+    files = module_files()
+    running = {entry} | reached([entry], graph(files, packages=True))
+    text = "\n".join(
+        f"{name}\n{_bare(ast.parse(files[name].read_text(encoding='utf-8')))}"
+        for name in sorted(running)
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/15a_study.ipynb #1845235d

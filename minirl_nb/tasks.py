@@ -26,13 +26,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from .answers import RULES, Problem, Rules
-from minirl_nb.arithmetic import (
-    BENCHMARK_PROBLEMS,
-    TRAINING_PROBLEMS,
-    arithmetic_problems,
-    arithmetic_tokenizer,
-    verify_arithmetic,
-)
+from .arithmetic import BENCHMARK_PROBLEMS, TRAINING_PROBLEMS, arithmetic_problems
+from .arithmetic import arithmetic_tokenizer, verify_arithmetic
 from minirl_nb.problem_files import (
     FILES,
     ProblemsWarning,
@@ -101,8 +96,67 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 # %% ../nbs/09b_tasks.ipynb #90a3c74b
+def _check_problems(task: "Task") -> None:
+    "ValueError for a template without a place, an empty list, or a problem in two lists."
+    if "{problem}" not in task.template:
+        raise ValueError(f"the template {task.template!r} of task {task.name} has no {{problem}}")
+    for name, problems in task._lists().items():
+        if not problems:
+            raise ValueError(f"task {task.name}: there are no {name} problems")
+    known = {p.problem.strip() for p in task.problems}
+    for name, problems in task.benchmarks.items():
+        shared = [p for p in problems if p.problem.strip() in known]
+        if shared:
+            raise ValueError(
+                f"task {task.name}: {len(shared)} of {len(problems)} problems of the benchmark "
+                f"{name!r} are training problems too, the first is {shared[0].id!r}; take them "
+                "out of one of the two (`minirl problems` does)"
+            )
+
+
+class _Texts:
+    "The part of a `Task` that turns problems into tokens, and tokens into responses."
+
+    name: str
+    template: str
+    tokenizer: "PreTrainedTokenizerFast | None"
+    special_tokens: bool
+    chat: bool | None
+    system: str | None
+    thinking: bool | None
+
+    def prompt(self, problem: Problem) -> str:
+        "The text that the model is given, before a chat template."
+        # not str.format: problems are full of braces
+        return self.template.replace("{problem}", problem.problem)
+
+    def encode(self, problem: Problem, tokenizer=None) -> list[int]:
+        """Token ids of the prompt (`encode_prompt`). ValueError for a symbol that the task's own
+        tokenizer does not know."""
+        tok = self._tokenizer(tokenizer)
+        text = self.prompt(problem)
+        unknown = set(text) - set(tok.get_vocab()) if tok is self.tokenizer else set()
+        if unknown:
+            raise ValueError(
+                f"problem {problem.id!r}: the tokenizer of task {self.name} has no symbol for "
+                f"{' '.join(map(repr, sorted(unknown)))} in {text!r}"
+            )
+        return encode_prompt(tok, text, self.chat, self.system, self.thinking)
+
+    def decode(self, tokens: Sequence[int], tokenizer=None) -> str:
+        "Text of a response's tokens, as `verify` wants it."
+        tok = self._tokenizer(tokenizer)
+        return tok.decode(tokens, skip_special_tokens=not self.special_tokens)
+
+    def _tokenizer(self, tokenizer):
+        tok = tokenizer if tokenizer is not None else self.tokenizer
+        if tok is None:
+            raise ValueError(f"task {self.name} has no tokenizer of its own: pass the model's")
+        return tok
+
+# %% ../nbs/09b_tasks.ipynb #6f11b82f
 @dataclass
-class Task:
+class Task(_Texts):
     """Problems to train on, held-out benchmarks, and the verifier of their responses.
 
     name: what `load` was given.
@@ -132,41 +186,7 @@ class Task:
     sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        if "{problem}" not in self.template:
-            raise ValueError(
-                f"the template {self.template!r} of task {self.name} has no {{problem}}"
-            )
-        for name, problems in self._lists().items():
-            if not problems:
-                raise ValueError(f"task {self.name}: there are no {name} problems")
-        known = {p.problem.strip() for p in self.problems}
-        for name, problems in self.benchmarks.items():
-            shared = [p for p in problems if p.problem.strip() in known]
-            if shared:
-                raise ValueError(
-                    f"task {self.name}: {len(shared)} of {len(problems)} problems of the benchmark "
-                    f"{name!r} are training problems too, the first is {shared[0].id!r}; take them "
-                    "out of one of the two (`minirl problems` does)"
-                )
-
-    def prompt(self, problem: Problem) -> str:
-        "The text that the model is given, before a chat template."
-        return self.template.replace(
-            "{problem}", problem.problem
-        )  # not str.format: problems are full of braces
-
-    def encode(self, problem: Problem, tokenizer=None) -> list[int]:
-        """Token ids of the prompt (`encode_prompt`). ValueError for a symbol that the task's own
-        tokenizer does not know."""
-        tok = self._tokenizer(tokenizer)
-        text = self.prompt(problem)
-        unknown = set(text) - set(tok.get_vocab()) if tok is self.tokenizer else set()
-        if unknown:
-            raise ValueError(
-                f"problem {problem.id!r}: the tokenizer of task {self.name} has no symbol for "
-                f"{' '.join(map(repr, sorted(unknown)))} in {text!r}"
-            )
-        return encode_prompt(tok, text, self.chat, self.system, self.thinking)
+        _check_problems(self)
 
     def provenance(self) -> dict[str, dict]:
         """What the lists of problems are, for a run's records: source, size and SHA-256 of the
@@ -182,18 +202,6 @@ class Task:
 
     def _lists(self) -> dict[str, list[Problem]]:
         return {"training": self.problems} | self.benchmarks
-
-    def decode(self, tokens: Sequence[int], tokenizer=None) -> str:
-        "Text of a response's tokens, as `verify` wants it."
-        return self._tokenizer(tokenizer).decode(
-            tokens, skip_special_tokens=not self.special_tokens
-        )
-
-    def _tokenizer(self, tokenizer):
-        tok = tokenizer if tokenizer is not None else self.tokenizer
-        if tok is None:
-            raise ValueError(f"task {self.name} has no tokenizer of its own: pass the model's")
-        return tok
 
     def verify(self, problem: Problem, response_text: str) -> float:
         """Reward R(x, y): 1.0 for a right response, 0.0 for everything else, also for what is not a

@@ -75,20 +75,8 @@ Side = Literal["towards", "any", "negative"]
 
 # %% ../nbs/02c_trust_region.ipynb #6c31d575
 @dataclass(frozen=True)
-class TrustRegion:
-    """Which tokens keep their gradient: those that have not moved too far from an anchor.
-
-    The defaults are MiniRL's mask M_t (Eq. 7).
-
-    low, high: the bounds. Not negative; below one for the low bound of a ratio; inf for none.
-    measure: what is compared with them (`displacement`).
-    anchor: "old" asks what the update moved; "mu" also counts how the engine differs.
-    over: "token"; "prefix", the product of ratios up to the token; "mean" or "max" over the
-        response, which then stays or goes as one.
-    side: "towards" drops what moved in its advantage's direction; "any" drops both directions;
-        "negative" both directions of responses with A < 0.
-    growth: with over="prefix" and measure="log_ratio", bounds are multiplied by t^growth.
-    """
+class _Region:
+    "The settings of a trust region, each one checked, and those that contradict refused."
 
     low: float = 0.2
     high: float = 0.27
@@ -129,6 +117,23 @@ class TrustRegion:
         if self.over == "max":
             return False
         return self.over != "mean" or self.measure in _DIRECTED
+
+# %% ../nbs/02c_trust_region.ipynb #c5e40968
+@dataclass(frozen=True)
+class TrustRegion(_Region):
+    """Which tokens keep their gradient: those that have not moved too far from an anchor.
+
+    The defaults are MiniRL's mask M_t (Eq. 7).
+
+    low, high: the bounds. Not negative; below one for the low bound of a ratio; inf for none.
+    measure: what is compared with them (`displacement`).
+    anchor: "old" asks what the update moved; "mu" also counts how the engine differs.
+    over: "token"; "prefix", the product of ratios up to the token; "mean" or "max" over the
+        response, which then stays or goes as one.
+    side: "towards" drops what moved in its advantage's direction; "any" drops both directions;
+        "negative" both directions of responses with A < 0.
+    growth: with over="prefix" and measure="log_ratio", bounds are multiplied by t^growth.
+    """
 
     def __call__(
         self,

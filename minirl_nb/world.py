@@ -170,10 +170,8 @@ def read_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str 
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
 # %% ../nbs/14c_world.ipynb #87a041cc
-class World:
-    """The processes of a run: here, one. `parallel.Processes` is the same for many.
-
-    A method that returns what other ranks gave is collective: all ranks call it, in one order."""
+class _Exchange:
+    "The part of a `World` by which ranks tell each other what all of them must know."
 
     rank, size = 0, 1
     sharded = False  # are parameters split over ranks? Otherwise each has the whole model
@@ -190,7 +188,6 @@ class World:
         part, parts = self.rank // each, self.size // each
         return slice(n * part // parts, n * (part + 1) // parts)
 
-    # ------------------------------------------------------------------ what all ranks must know
     def gather(self, x: Any) -> list:
         "What every rank gave, in the order of ranks."
         return [x]
@@ -221,7 +218,10 @@ class World:
         "Rows and their advantages [B], sent to the ranks `to` [B]; what came here."
         return rollout, advantage
 
-    # ------------------------------------------------------------------ the model
+# %% ../nbs/14c_world.ipynb #2e05ca47
+class _Parts(_Exchange):
+    "The part of a `World` that knows how a model is spread over its ranks."
+
     def load_model(self, config: RunConfig, source: str | Path) -> nn.Module:
         "The model that is trained, on this world's device."
         device = config.model.device
@@ -272,7 +272,27 @@ class World:
         "Scale the gradient down to the norm `limit` where it is larger; its norm before."
         return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
 
-    # ------------------------------------------------------------------ files
+# %% ../nbs/14c_world.ipynb #c6cc98e4
+def _read_moments(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    "The optimiser's state that one process wrote, cut as the model's parameters are."
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+        name, _, key = name.rpartition("|")
+        p = parameters[name]
+        if key != "step":
+            tensor = tensor.to(p.device)
+            if hasattr(p, "placements"):
+                from torch.distributed.tensor import distribute_tensor
+
+                tensor = distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+        optimizer.state[p][key] = tensor
+
+
+class World(_Parts):
+    """The processes of a run: here, one. `parallel.Processes` is the same for many.
+
+    A method that returns what other ranks gave is collective: all ranks call it, in one order."""
+
     def save(self, model: nn.Module, optimizer, folder: Path) -> Callable[..., bool]:
         """Weights and optimiser into a folder.
 
@@ -294,13 +314,8 @@ class World:
         if (folder / "shards").is_dir():
             read_shards(model, optimizer, folder / "shards")
             return
-        parameters = dict(model.named_parameters())
-        for name, tensor in load_file(folder / "optimizer.safetensors").items():
-            name, _, key = name.rpartition("|")
-            p = parameters[name]
-            optimizer.state[p][key] = tensor if key == "step" else tensor.to(p.device)
+        _read_moments(model, optimizer, folder)
 
-    # ------------------------------------------------------------------ beginning and end
     def __enter__(self):
         return self
 

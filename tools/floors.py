@@ -9,7 +9,6 @@ stands. The ground floor imports nothing of the package.
 """
 
 import argparse
-import ast
 import json
 import re
 import sys
@@ -19,19 +18,15 @@ from pathlib import Path
 from outputs import band, directives, printed
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "minirl_nb"
-LIB, NBS, TARGET = ROOT / PACKAGE, ROOT / "nbs", ROOT / "CONTRIBUTING.md"
+sys.path.insert(0, str(ROOT))  # this checkout's reader of imports, installed or not
+from minirl_nb import sources  # noqa: E402
+
+LIB, NBS, TARGET = ROOT / sources.PACKAGE, ROOT / "nbs", ROOT / "CONTRIBUTING.md"
 
 
 def module_files(lib=LIB):
-    """{module: file}: `vllm.engine` for vllm/engine.py, `plan` for plan/__init__.py."""
-    files = {}
-    for path in sorted(lib.rglob("*.py")):
-        parts = path.relative_to(lib).with_suffix("").parts
-        parts = parts[:-1] if parts[-1] == "__init__" else parts
-        if parts and parts[-1] != "_modidx":
-            files[".".join(parts)] = path
-    return files
+    """{module: file} of this checkout."""
+    return sources.module_files(lib)
 
 
 def module_pages():
@@ -45,50 +40,9 @@ def module_pages():
     return pages
 
 
-def _longest(name, known):
-    """The longest beginning of a dotted name that is a module, or None."""
-    parts = name.split(".")
-    for n in range(len(parts), 0, -1):
-        if (prefix := ".".join(parts[:n])) in known:
-            return prefix
-    return None
-
-
-def _dotted_targets(node, package):
-    """Names below the package that one import statement, or one call of import_module, asks for."""
-    if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:
-            parts = [PACKAGE] + package
-            base = ".".join(parts[: len(parts) - node.level + 1] + ([base] if base else []))
-        names = [f"{base}.{alias.name}" for alias in node.names]
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-        names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
-    else:
-        names = []
-    return [n.removeprefix(f"{PACKAGE}.") for n in names if n.startswith(f"{PACKAGE}.")]
-
-
-def imports(name, files):
-    """[(imported module, line)] of a module: every import of its file, inside functions too."""
-    path = files[name]
-    parts = name.split(".")
-    package = parts if path.name == "__init__.py" else parts[:-1]
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        for target in _dotted_targets(node, package):
-            module = _longest(target, files)
-            if module and module != name:
-                found.append((module, node.lineno))
-    return sorted(set(found))
-
-
-def graph(files=None):
-    """{module: set of modules that it imports}."""
-    files = files or module_files()
-    return {name: {target for target, _ in imports(name, files)} for name in files}
+def graph():
+    """{module: set of modules that it imports}, of this checkout."""
+    return sources.graph(module_files())
 
 
 def circle(edges):
@@ -129,17 +83,6 @@ def levels(edges):
     return floor
 
 
-def _reached(name, edges):
-    """All modules below a module."""
-    below, waiting = set(), list(edges[name])
-    while waiting:
-        target = waiting.pop()
-        if target not in below:
-            below.add(target)
-            waiting += edges[target]
-    return below
-
-
 def table():
     """The map as a Markdown table, the highest floor first."""
     edges, pages = graph(), module_pages()
@@ -148,7 +91,7 @@ def table():
     names = [n for n in edges if n in pages]
     for name in sorted(names, key=lambda n: (-floor[n], pages[n])):
         # what it imports, without what one of these imports already stands on
-        direct = edges[name] - {t for other in edges[name] for t in _reached(other, edges)}
+        direct = edges[name] - sources.reached(edges[name], edges)
         rests = ", ".join(f"`{t}`" for t in sorted(direct, key=lambda t: (-floor[t], t)))
         page = f"[{pages[name]}](nbs/{pages[name]}.ipynb)"
         lines.append(f"| {floor[name]} | `{name}` | {page} | {rests} |")

@@ -67,12 +67,8 @@ def place_routes(
     return dense, has_route
 
 # %% ../../nbs/18_integrations.ipynb #700d8854
-class watch_generation:
-    """`with watch_generation(model) as seen: ids = generate(...)`, then `seen.sampled(ids)`.
-
-    The forwards of `model` inside the `with` must be those of one `generate` with a cache. A
-    forward costs what recording its experts costs, and a log-sum-exp over the vocabulary.
-    """
+class _Watch:
+    "The part of `watch_generation` that listens: inputs, routes and log-probabilities of forwards."
 
     def __init__(
         self,
@@ -122,6 +118,14 @@ class watch_generation:
         "float32 [B]: log-probability of `token` [B] under the last forward's logits."
         of_token = self._logits.gather(1, token[:, None].to(self._logits.device))[:, 0]
         return (of_token - self._logits.logsumexp(-1)).cpu()
+
+# %% ../../nbs/18_integrations.ipynb #6557b756
+class watch_generation(_Watch):
+    """`with watch_generation(model) as seen: ids = generate(...)`, then `seen.sampled(ids)`.
+
+    The forwards of `model` inside the `with` must be those of one `generate` with a cache. A
+    forward costs what recording its experts costs, and a log-sum-exp over the vocabulary.
+    """
 
     def sampled(
         self,

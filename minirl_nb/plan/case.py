@@ -210,20 +210,14 @@ def shape(config: Any) -> Shape:
 
 # %% ../../nbs/16a_case.ipynb #64573358
 @dataclass(frozen=True)
-class Case:
-    "A config on a cluster under assumptions: what costs are computed from."
+class _Setup:
+    "The part of a `Case` that says what runs where, and in which numbers."
 
     config: RunConfig
     cluster: Cluster
     assume: Assumptions
     hf_config: Any  # Hugging Face config of the model
     model: Shape
-
-    @classmethod
-    def from_config(cls, config: RunConfig, cluster: Cluster, assume: Assumptions) -> "Case":
-        "FileNotFoundError where there is no config of the model."
-        hf_config = model_config(config.model.path)
-        return cls(config, cluster, assume.on(cluster), hf_config, shape(hf_config))
 
     @property
     def offload(self) -> bool:
@@ -243,6 +237,28 @@ class Case:
     def shares_gpus(self) -> bool:
         "Does vLLM sample on the GPUs that train?"
         return self.uses_vllm and not self.config.rollout.servers
+
+    @property
+    def compute_bytes(self) -> int:
+        "Bytes of a number in the type that layers compute in."
+        model = self.config.model
+        return 2 if "bfloat16" in (model.compute, model.dtype) else 4
+
+    @cached_property
+    def replay(self) -> str:
+        "The routing replay that runs: none, R2 or R3."
+        return replay_of(self.config, mixture=bool(self.model.E))
+
+# %% ../../nbs/16a_case.ipynb #afaa2928
+@dataclass(frozen=True)
+class Case(_Setup):
+    "A config on a cluster under assumptions: what costs are computed from."
+
+    @classmethod
+    def from_config(cls, config: RunConfig, cluster: Cluster, assume: Assumptions) -> "Case":
+        "FileNotFoundError where there is no config of the model."
+        hf_config = model_config(config.model.path)
+        return cls(config, cluster, assume.on(cluster), hf_config, shape(hf_config))
 
     @property
     def mini_batch(self) -> int:
@@ -272,14 +288,3 @@ class Case:
     def longest(self) -> int:
         "Tokens of the longest prompt and response."
         return self.assume.prompt_tokens + self.config.rollout.max_new_tokens
-
-    @property
-    def compute_bytes(self) -> int:
-        "Bytes of a number in the type that layers compute in."
-        model = self.config.model
-        return 2 if "bfloat16" in (model.compute, model.dtype) else 4
-
-    @cached_property
-    def replay(self) -> str:
-        "The routing replay that runs: none, R2 or R3."
-        return replay_of(self.config, mixture=bool(self.model.E))

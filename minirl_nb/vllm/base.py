@@ -34,13 +34,38 @@ from minirl_nb.vllm.requests import (
 from .transfer import Answers, Transfer
 
 # %% ../../nbs/11f_vllm_base.ipynb #5134da75
-class VLLMBase:
-    """What every vLLM engine is made of: requests, rollouts, the stream of weights and its
-    verification.
+class _Wire:
+    "What a subclass of `VLLMBase` says."
 
-    A subclass says how requests get to vLLM (`_sample`, `_score`), how weights do (`_deliver`), how
-    matrices
-    are asked (`_ask`), and whose an error is where several processes load together (`_agree`)."""
+    def _sample(
+        self, requests: list[list[int]], parameters: list[dict], sampling
+    ) -> list[Response]:
+        "One response for each request, in their order."
+        raise NotImplementedError
+
+    def _score(self, rows: list[list[int]], common: dict) -> Iterator[Any]:
+        "For each row a function from a position to {token id: log-probability}."
+        raise NotImplementedError
+
+    def _deliver(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        "Bring a stream of checkpoint tensors into vLLM and empty its prefix cache."
+        raise NotImplementedError
+
+    def _ask(self) -> list[dict[str, Tensor]]:
+        "The answers of all workers' matrices, in the order of `transfer.workers`."
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def _agree(self, error: Exception | None) -> None:
+        "What happens with the error of a load; where several processes load, it is everybody's."
+        if error is not None:
+            raise error
+
+# %% ../../nbs/11f_vllm_base.ipynb #98cba843
+class _EngineState(_Wire):
+    "The part of `VLLMBase` that knows what the engine is, and whether it can be used."
 
     def __init__(
         self,
@@ -70,9 +95,14 @@ class VLLMBase:
         self._incomplete: str | None = "no weights were given yet"
         self._expected: Answers | None = None  # of the last verified load
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, complete: bool = False) -> None:
+        "EngineError for a broken engine, or (`complete`) for one that lacks weights."
         if self._broken:
             raise EngineError(f"this engine stopped before: {self._broken}; make a new one")
+        if complete and self._incomplete:
+            raise EngineError(
+                f"the engine's weights are not complete ({self._incomplete}): load them again"
+            )
 
     def __enter__(self):
         return self
@@ -80,7 +110,16 @@ class VLLMBase:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    # ------------------------------------------------------------------------------------- sampling
+# %% ../../nbs/11f_vllm_base.ipynb #31157112
+def _rescaled(logp: dict[int, float], temperature: float) -> dict[int, float]:
+    "Log-probabilities of a whole vocabulary, at another temperature."
+    scaled = torch.log_softmax(torch.tensor(list(logp.values())) / temperature, -1)
+    return dict(zip(logp, scaled.tolist()))
+
+
+class _Requests(_EngineState):
+    "The part of `VLLMBase` that samples and scores."
+
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """Sample `sampling.n` responses to each prompt (token ids); request i has a seed of its
         own, made from
@@ -90,11 +129,7 @@ class VLLMBase:
         EngineError
         where vLLM stops; FloatingPointError where the model gives numbers that are not finite."""
         prompts = [list(map(int, p)) for p in prompts]
-        self._check_usable()
-        if self._incomplete:
-            raise EngineError(
-                f"the engine's weights are not complete ({self._incomplete}): load them again"
-            )
+        self._check_usable(complete=True)
         if not prompts:
             return self._rollout([], 1, [])
         check_prompts([len(p) for p in prompts], sampling, self.positions)
@@ -135,13 +170,48 @@ class VLLMBase:
         for b, found in enumerate(self._score(rows, common) if rows else []):
             for t in range(int(rollout.prompt_length[b]), len(rows[b])):
                 at = found(t)  # token id -> log-probability
-                if rescale:
-                    scaled = torch.log_softmax(torch.tensor(list(at.values())) / temperature, -1)
-                    at = dict(zip(at, scaled.tolist()))
+                at = _rescaled(at, temperature) if rescale else at
                 logp[b, t] = at[rows[b][t]]
         return logp.clamp(max=0)
 
-    # -------------------------------------------------------------------------------------- weights
+# %% ../../nbs/11f_vllm_base.ipynb #fa6b323f
+class _Verified(_Requests):
+    "The part of `VLLMBase` that compares its weights with the trainer's."
+
+    @torch.no_grad()
+    def compare_weights(
+        self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
+    ) -> list[str]:
+        """Ask every matrix inside vLLM what it makes of a fixed random input, and compare with the
+        trainer's
+        tensors, rounded as the engine should round them: these, or (None) those of the last
+            verified load.
+
+        ParityError names what is off; the names of tensors that could not be compared are
+        returned."""
+        expected = self._expected
+        if named_tensors is not None:
+            expected = {}
+            if isinstance(named_tensors, Mapping):
+                named_tensors = named_tensors.items()
+            for unit in self.transfer.units(named_tensors, []):
+                expected |= self.transfer.answers(unit)
+        if expected is None:
+            raise ValueError(
+                "compare_weights wants the trainer's tensors: the last load was not verified"
+            )
+        self._check_usable()
+        return self.transfer.compare(expected, self._ask(), self.version)
+
+# %% ../../nbs/11f_vllm_base.ipynb #91098e76
+class VLLMBase(_Verified):
+    """What every vLLM engine is made of: requests, rollouts, the stream of weights and its
+    verification.
+
+    A subclass says how requests get to vLLM (`_sample`, `_score`), how weights do (`_deliver`), how
+    matrices
+    are asked (`_ask`), and whose an error is where several processes load together (`_agree`)."""
+
     @torch.no_grad()
     def load(
         self,
@@ -193,54 +263,3 @@ class VLLMBase:
                 expected |= self.transfer.answers(unit)
             yield from self.transfer.checkpoint(unit).items()
             del unit  # before the next one is gathered
-
-    def _agree(self, error: Exception | None) -> None:
-        if error is not None:
-            raise error
-
-    @torch.no_grad()
-    def compare_weights(
-        self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
-    ) -> list[str]:
-        """Ask every matrix inside vLLM what it makes of a fixed random input, and compare with the
-        trainer's
-        tensors, rounded as the engine should round them: these, or (None) those of the last
-            verified load.
-
-        ParityError names what is off; the names of tensors that could not be compared are
-        returned."""
-        expected = self._expected
-        if named_tensors is not None:
-            expected = {}
-            if isinstance(named_tensors, Mapping):
-                named_tensors = named_tensors.items()
-            for unit in self.transfer.units(named_tensors, []):
-                expected |= self.transfer.answers(unit)
-        if expected is None:
-            raise ValueError(
-                "compare_weights wants the trainer's tensors: the last load was not verified"
-            )
-        self._check_usable()
-        return self.transfer.compare(expected, self._ask(), self.version)
-
-    # ------------------------------------------------------------------------- what a subclass says
-    def _sample(
-        self, requests: list[list[int]], parameters: list[dict], sampling
-    ) -> list[Response]:
-        "One response for each request, in their order."
-        raise NotImplementedError
-
-    def _score(self, rows: list[list[int]], common: dict) -> Iterator[Any]:
-        "For each row a function from a position to {token id: log-probability}."
-        raise NotImplementedError
-
-    def _deliver(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        "Bring a stream of checkpoint tensors into vLLM and empty its prefix cache."
-        raise NotImplementedError
-
-    def _ask(self) -> list[dict[str, Tensor]]:
-        "The answers of all workers' matrices, in the order of `transfer.workers`."
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError

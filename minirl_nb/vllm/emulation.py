@@ -178,7 +178,7 @@ def _config_class() -> type:
 
     return EmulatedConfig
 
-
+# %% ../../nbs/11c_vllm_emulation.ipynb #fa3c2e16
 def register() -> None:
     "Make the emulated schemes known to vLLM in this process."
     if f"{_CLASS}{next(iter(fp8_module.SCHEMES))}" in globals():

@@ -43,7 +43,7 @@ def needed(module: str, path: str, arguments: str = "", where: str = "any") -> N
     "A row; the arguments are words separated by spaces."
     return Needed(module, path, tuple(arguments.split()), where)
 
-
+# %% ../../nbs/11b_vllm_names.ipynb #c774302e
 _LAYERS = "vllm.model_executor.layers"
 _MOE = f"{_LAYERS}.fused_moe"
 _EMBEDDING = f"{_LAYERS}.vocab_parallel_embedding"
@@ -79,6 +79,7 @@ STARTING_AND_ASKING = (
     needed("vllm.entrypoints.llm", "LLM.wake_up", "tags", "gpu"),
 )
 
+# %% ../../nbs/11b_vllm_names.ipynb #24c8687a
 ENDING = (
     needed("vllm.v1.engine.core_client", "EngineCoreClient.shutdown"),
     needed(
@@ -126,6 +127,7 @@ LOADING_AND_ASKING_MATRICES = (
     needed(f"{_MOE}.routed_experts", "RoutedExperts.forward_modular", "x topk_weights topk_ids"),
 )
 
+# %% ../../nbs/11b_vllm_names.ipynb #fb69ddce
 EMULATION_AND_REPAIRS = (
     needed(f"{_LAYERS}.quantization", "register_quantization_config", "quantization", "cpu"),
     needed(

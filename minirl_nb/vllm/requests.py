@@ -54,7 +54,7 @@ EMULATED = "minirl_"  # vLLM's name of an emulated scheme starts with it
 CACHE_BLOCK = 128  # positions in a block of vLLM's cache on a CPU
 MOST_CACHE = 2 << 30  # bytes
 
-
+# %% ../../nbs/11_vllm.ipynb #b1b684ad
 def option_value(text: Any) -> Any:
     "A recipe's options are text: numbers, True, None and the like become what they say."
     if not isinstance(text, str):
@@ -83,7 +83,24 @@ def scheme_name(fp8: fp8_module.Scheme | None) -> str | None:
     "The name of a scheme of `fp8.SCHEMES`."
     return next((name for name, known in fp8_module.SCHEMES.items() if known == fp8), None)
 
+# %% ../../nbs/11_vllm.ipynb #6d00976a
+def _quantization(fp8: fp8_module.Scheme, cpu: bool) -> dict[str, Any]:
+    name = scheme_name(fp8)
+    if name is None or fp8.cache or not (cpu or name in fp8_module.VLLM_SCHEMES):
+        able = [n for n, s in fp8_module.SCHEMES.items() if not s.cache]
+        able = able if cpu else fp8_module.VLLM_SCHEMES
+        raise ValueError(
+            f"vLLM on {'a CPU' if cpu else 'an accelerator'} cannot round as {name or fp8}; it "
+            f"knows {', '.join(able)} (a cache in 8 bits is its option kv_cache_dtype), and the "
+            "torch engine emulates every scheme"
+        )
+    if cpu:
+        return {"quantization": EMULATED + name}
+    # vLLM would round the routers too, which its own checkpoints in FP8 never have rounded
+    left_alone = [r"re:.*\.(gate|router|shared_expert_gate)$"]
+    return {"quantization": name, "quantization_config": {"ignore": left_alone}}
 
+# %% ../../nbs/11_vllm.ipynb #b6c6fe63
 def engine_arguments(
     config,  # of the model (transformers), text part
     dtype: torch.dtype,  # of vLLM's weights
@@ -123,23 +140,6 @@ def engine_arguments(
     if fp8 is not None:
         arguments |= _quantization(fp8, cpu)
     return arguments | options
-
-
-def _quantization(fp8: fp8_module.Scheme, cpu: bool) -> dict[str, Any]:
-    name = scheme_name(fp8)
-    if name is None or fp8.cache or not (cpu or name in fp8_module.VLLM_SCHEMES):
-        able = [n for n, s in fp8_module.SCHEMES.items() if not s.cache]
-        able = able if cpu else fp8_module.VLLM_SCHEMES
-        raise ValueError(
-            f"vLLM on {'a CPU' if cpu else 'an accelerator'} cannot round as {name or fp8}; it "
-            f"knows {', '.join(able)} (a cache in 8 bits is its option kv_cache_dtype), and the "
-            "torch engine emulates every scheme"
-        )
-    if cpu:
-        return {"quantization": EMULATED + name}
-    # vLLM would round the routers too, which its own checkpoints in FP8 never have rounded
-    left_alone = [r"re:.*\.(gate|router|shared_expert_gate)$"]
-    return {"quantization": name, "quantization_config": {"ignore": left_alone}}
 
 # %% ../../nbs/11_vllm.ipynb #ae957875
 def request_seeds(seed: int, first: int, requests: int) -> list[int]:
@@ -200,7 +200,7 @@ class Response:
     finish: str | None
     routes: np.ndarray | None
 
-
+# %% ../../nbs/11_vllm.ipynb #979defb2
 @dataclass(frozen=True)
 class RouterPlaces:
     """Where a model's routers are among its layers: names, layer numbers, experts of each, experts
@@ -248,10 +248,20 @@ class RouterPlaces:
         given = np.ascontiguousarray(routes[:, self.layers]).astype(np.int64)
         return read_routes(torch.from_numpy(given), tokens, self.experts)
 
-
+# %% ../../nbs/11_vllm.ipynb #d8d8ec0c
 _NOT_A_NUMBER = -9000  # a server writes -9999 for a log-probability that is not a number
 
 
+def _check_finite(logp: Tensor) -> None:
+    bad = ~torch.isfinite(logp) | (logp < _NOT_A_NUMBER)
+    if bad.any():
+        raise FloatingPointError(
+            f"vLLM sampled a token with log-probability {float(logp[bad][0])}: its weights or "
+            "activations are "
+            "not finite"
+        )
+
+# %% ../../nbs/11_vllm.ipynb #5d49bae0
 def as_rollout(
     prompts: Sequence[Sequence[int]],
     n: int,  # responses for each prompt
@@ -282,13 +292,7 @@ def as_rollout(
             raise EngineError(f"request {b} ended with {response.finish!r}")
         if places is not None:
             routes[b, :end], valid[b, :end] = places.take(b, response.routes, end)
-    bad = ~torch.isfinite(logp) | (logp < _NOT_A_NUMBER)
-    if bad.any():
-        raise FloatingPointError(
-            f"vLLM sampled a token with log-probability {float(logp[bad][0])}: its weights or "
-            "activations are "
-            "not finite"
-        )
+    _check_finite(logp)
     out = Rollout(
         tokens=tokens,
         prompt_length=first,

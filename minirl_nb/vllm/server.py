@@ -43,7 +43,7 @@ def host_and_port(address: str) -> tuple[str, int]:
         raise ValueError(f"{address!r} is no server's address; it must look like http://host:port")
     return host, port
 
-
+# %% ../../nbs/11i_vllm_server.ipynb #0326961a
 _TRAINERS_SIDE = ("process", "verify", "progress", "sleep_level")  # options that no server knows
 _NAMED_WHEN_TRUE = ("enforce_eager", "enable_return_routed_experts")
 
@@ -81,7 +81,7 @@ def _as_words(arguments: dict[str, Any]) -> list[str]:
             words += [f"--{flag}", str(value)]
     return words
 
-
+# %% ../../nbs/11i_vllm_server.ipynb #8f908035
 def serve_command(
     config,  # config.RunConfig
     address: str | None = None,  # of one server; None: of all in rollout.servers, one a line
@@ -129,8 +129,8 @@ def serve(arguments: Sequence[str] | None = None) -> None:
         main()
 
 # %% ../../nbs/11i_vllm_server.ipynb #adb02966
-class Server:
-    "The wire to one server: questions and answers in JSON."
+class _Wire:
+    "The connections of a `Server`: one for each question."
 
     def __init__(self, address: str, timeout: float):
         self.address, self.timeout = address.rstrip("/"), timeout
@@ -170,6 +170,10 @@ class Server:
             return status, json.loads(said) if said else None
         except ValueError:
             return status, said.decode(errors="replace")[:500]
+
+# %% ../../nbs/11i_vllm_server.ipynb #6b6e4ed1
+class Server(_Wire):
+    "The wire to one server: questions and answers in JSON."
 
     def must(self, method: str, path: str, body: Any = None) -> Any:
         "The answer; EngineError where it is not a good one."

@@ -19,7 +19,7 @@ matrices inside vLLM should answer. Three decisions carry it.
 
 # %% auto #0
 __all__ = ['Expected', 'Answers', 'trainer_name', 'cut', 'ExpectedAnswers', 'skeleton_of',
-           'transferred_with', 'Transfer', 'row_errors', 'full_tensors', 'write_shards',
+           'transferred_with', 'row_errors', 'Transfer', 'full_tensors', 'write_shards',
            'asked_by_file']
 
 # %% ../../nbs/11e_vllm_transfer.ipynb #1ee298e4
@@ -59,37 +59,12 @@ def cut(x: Tensor, dim: int, own: int, share: Mapping[str, Any]) -> Tensor:
         return x
     return x.narrow(dim, share["rank"] * parts // share["ranks"] * own, own)
 
-
-class ExpectedAnswers:
-    """The answers that the trainer's tensors give to the questions of the worker.
-
-    skeleton: the model without weights. dtype, fp8: of vLLM's weights."""
+# %% ../../nbs/11e_vllm_transfer.ipynb #ae4f88c8
+class _SingleAnswers:
+    "The answers of modules that are not fused."
 
     def __init__(self, skeleton: nn.Module, dtype: torch.dtype, fp8: fp8_module.Scheme | None):
         self.skeleton, self.dtype, self.fp8 = skeleton, dtype, fp8
-
-    def for_module(
-        self,
-        name: str,  # of the module, as the trainer calls it
-        share: Mapping[str, Any],  # of it that a worker holds
-        tensors: Mapping[str, Tensor],  # of the module's decoder layer
-    ) -> Iterator[Expected]:
-        "Nothing for a module whose tensors are not among these."
-        if f"{name}.gate_up_proj" in tensors:
-            yield self._experts(name, share, tensors)
-            return
-        parent, _, last = name.rpartition(".")
-        parts = [f"{parent}.{part}" for part in _FUSED[last]] if last in _FUSED else [name]
-        if not all(f"{part}.weight" in tensors for part in parts):
-            return
-        weights = [tensors[f"{part}.weight"].to(self.dtype) for part in parts]
-        if weights[0].ndim == 1:
-            yield self._norm(name, weights[0])
-        elif "from" in share:
-            yield self._embedding_or_head(name, share, weights[0])
-        else:
-            biases = [tensors.get(f"{part}.bias") for part in parts]
-            yield from self._linear(name, share, parts, weights, biases)
 
     def _module(self, name: str) -> nn.Module | None:
         try:
@@ -129,6 +104,35 @@ class ExpectedAnswers:
             y = F.linear(random_question(1, width, self.dtype, weight.device), own)
         return name, y, [f"{name}.weight"]
 
+# %% ../../nbs/11e_vllm_transfer.ipynb #4f94053f
+class ExpectedAnswers(_SingleAnswers):
+    """The answers that the trainer's tensors give to the questions of the worker.
+
+    skeleton: the model without weights. dtype, fp8: of vLLM's weights."""
+
+    def for_module(
+        self,
+        name: str,  # of the module, as the trainer calls it
+        share: Mapping[str, Any],  # of it that a worker holds
+        tensors: Mapping[str, Tensor],  # of the module's decoder layer
+    ) -> Iterator[Expected]:
+        "Nothing for a module whose tensors are not among these."
+        if f"{name}.gate_up_proj" in tensors:
+            yield self._experts(name, share, tensors)
+            return
+        parent, _, last = name.rpartition(".")
+        parts = [f"{parent}.{part}" for part in _FUSED[last]] if last in _FUSED else [name]
+        if not all(f"{part}.weight" in tensors for part in parts):
+            return
+        weights = [tensors[f"{part}.weight"].to(self.dtype) for part in parts]
+        if weights[0].ndim == 1:
+            yield self._norm(name, weights[0])
+        elif "from" in share:
+            yield self._embedding_or_head(name, share, weights[0])
+        else:
+            biases = [tensors.get(f"{part}.bias") for part in parts]
+            yield from self._linear(name, share, parts, weights, biases)
+
     def _linear(self, name: str, share, parts, weights, biases) -> Iterator[Expected]:
         rows = share["rows"]
         biases = [
@@ -160,50 +164,25 @@ def transferred_with(name: str) -> str:
     layer = re.match(r"(.*?\.\d+)\.", name)
     return layer[1] if layer else name
 
+# %% ../../nbs/11e_vllm_transfer.ipynb #c7ce0ca6
+class _Tensors:
+    "The part of `Transfer` that knows the trainer's tensors: names, shapes, checkpoint form."
 
-# Tolerance of one matrix product against the same in float32, relative to the answer's root mean
-# square.
-# float32: 6e-8 times the square root of thousands of products, times the largest of thousands of
-# numbers (5).
-# bfloat16: 2^-9 for the answer's own rounding and, in experts, for the intermediate's, times 5.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-Answers = dict[tuple[str, str], list[Expected]]  # by module and share
-
-
-class Transfer:
-    """What is transferred to vLLM, in which units, and what the matrices there should answer
-    afterwards."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype, fp8: fp8_module.Scheme | None):
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
         # `model` itself may be cut over many processes; its skeleton is whole
         self.skeleton, self.dtype = skeleton_of(model), dtype
         self.model_name = type(self.skeleton).__name__
-        self.expected = ExpectedAnswers(self.skeleton, dtype, fp8)
         named = dict(model.named_parameters(remove_duplicate=False))
         first = {id(p): name for name, p in model.named_parameters()}
         self.shapes = {name: p.shape for name, p in named.items()}
         # a tensor with two names: the second one, and the one under which it is transferred
         self.tied = {name: first[id(p)] for name, p in named.items() if first[id(p)] != name}
         self.unit_of = {n: transferred_with(self.tied.get(n, n)) for n in self.shapes}
-        self.meet([])
 
     @property
     def bytes(self) -> int:
         numbers = sum(s.numel() for name, s in self.shapes.items() if name not in self.tied)
         return numbers * self.dtype.itemsize
-
-    def meet(self, workers: list[tuple[str, dict[str, dict]]]) -> None:
-        """Take note of where each worker is (a prefix for messages) and of which share of each
-        matrix it holds.
-
-        A share that several workers hold is one question."""
-        self.workers = workers
-        self.questions: dict[str, dict[tuple[str, str], dict]] = {}
-        for _, shares in workers:
-            for name, share in shares.items():
-                weight = trainer_name(name) + ".weight"
-                unit = self.unit_of.get(weight) or transferred_with(weight)
-                self.questions.setdefault(unit, {})[name, _key(share)] = share
 
     def problems(self, given: Mapping[str, Tensor]) -> Iterator[Exception]:
         """KeyError or ValueError for each tensor that is unknown or misshapen, and one for those
@@ -216,6 +195,17 @@ class Transfer:
         missing = [n for n in self.shapes if n not in given and n not in self.tied]
         if missing:
             yield KeyError(f"no new value for {', '.join(missing[:5])}")
+
+    def checkpoint(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors under the names, and in the pieces, of a checkpoint: what every vLLM model
+        reads. Views."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(self.skeleton, unit)
+
+# %% ../../nbs/11e_vllm_transfer.ipynb #c63d84dc
+class _Units(_Tensors):
+    "The part of `Transfer` that cuts a stream of tensors into units."
 
     def units(
         self, named: Iterable[tuple[str, Tensor]], wrong: list[Exception]
@@ -247,12 +237,60 @@ class Transfer:
         wrong += self.problems(came)
         yield from waiting.values()
 
-    def checkpoint(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors under the names, and in the pieces, of a checkpoint: what every vLLM model
-        reads. Views."""
-        from transformers.core_model_loading import revert_weight_conversion
+# %% ../../nbs/11e_vllm_transfer.ipynb #cbdc9a13
+# Tolerance of one matrix product against the same in float32, relative to the answer's root mean
+# square. float32: 6e-8 times the square root of thousands of products, times the largest of
+# thousands of numbers (5).
+# bfloat16: 2^-9 for the answer's own rounding and, in experts, for the intermediate's, times 5.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+Answers = dict[tuple[str, str], list[Expected]]  # by module and share
 
-        return revert_weight_conversion(self.skeleton, unit)
+
+def _key(share: dict) -> str:
+    return json.dumps(share, sort_keys=True)
+
+
+def row_errors(got: Tensor, expected: Tensor) -> Tensor:
+    "[rows] largest difference of each row, relative to the root mean square of what is expected."
+    got, expected = (x.reshape(-1, x.shape[-1]).float() for x in (got, expected))
+    size = expected.square().mean(-1).sqrt().clamp(min=1e-30)
+    return ((got - expected).abs().amax(-1) / size).nan_to_num(nan=torch.inf)
+
+
+def _what_is_off(off: dict[str, Tensor], tolerance: float, version: int) -> str:
+    largest = {name: float(error.max()) for name, error in off.items()}
+    shown = []
+    for name in sorted(off, key=lambda name: -largest[name])[:3]:
+        rows = [i for i, e in enumerate(off[name].tolist()) if not e <= tolerance]
+        which = experts_named(rows) if len(off[name]) > 1 else ""
+        shown.append(f"{name}{which} is off by {100 * largest[name]:.2g}%")
+    count = len(off)
+    return (
+        f"{count} of vLLM's matrices are not the trainer's, version {version}: {'; '.join(shown)}"
+    )
+
+# %% ../../nbs/11e_vllm_transfer.ipynb #03b6e4fd
+class Transfer(_Units):
+    """What is transferred to vLLM, in which units, and what the matrices there should answer
+    afterwards."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, fp8: fp8_module.Scheme | None):
+        super().__init__(model, dtype)
+        self.expected = ExpectedAnswers(self.skeleton, dtype, fp8)
+        self.meet([])
+
+    def meet(self, workers: list[tuple[str, dict[str, dict]]]) -> None:
+        """Take note of where each worker is (a prefix for messages) and of which share of each
+        matrix it holds.
+
+        A share that several workers hold is one question."""
+        self.workers = workers
+        self.questions: dict[str, dict[tuple[str, str], dict]] = {}
+        for _, shares in workers:
+            for name, share in shares.items():
+                weight = trainer_name(name) + ".weight"
+                unit = self.unit_of.get(weight) or transferred_with(weight)
+                self.questions.setdefault(unit, {})[name, _key(share)] = share
 
     def answers(self, unit: dict[str, Tensor]) -> Answers:
         """What the matrices made of these tensors should answer, for every different share that a
@@ -285,30 +323,6 @@ class Transfer:
         if off:
             raise ParityError(_what_is_off(off, tolerance, version))
         return sorted(left)
-
-
-def _key(share: dict) -> str:
-    return json.dumps(share, sort_keys=True)
-
-
-def row_errors(got: Tensor, expected: Tensor) -> Tensor:
-    "[rows] largest difference of each row, relative to the root mean square of what is expected."
-    got, expected = (x.reshape(-1, x.shape[-1]).float() for x in (got, expected))
-    size = expected.square().mean(-1).sqrt().clamp(min=1e-30)
-    return ((got - expected).abs().amax(-1) / size).nan_to_num(nan=torch.inf)
-
-
-def _what_is_off(off: dict[str, Tensor], tolerance: float, version: int) -> str:
-    largest = {name: float(error.max()) for name, error in off.items()}
-    shown = []
-    for name in sorted(off, key=lambda name: -largest[name])[:3]:
-        rows = [i for i, e in enumerate(off[name].tolist()) if not e <= tolerance]
-        which = experts_named(rows) if len(off[name]) > 1 else ""
-        shown.append(f"{name}{which} is off by {100 * largest[name]:.2g}%")
-    count = len(off)
-    return (
-        f"{count} of vLLM's matrices are not the trainer's, version {version}: {'; '.join(shown)}"
-    )
 
 # %% ../../nbs/11e_vllm_transfer.ipynb #95338c38
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

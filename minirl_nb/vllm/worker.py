@@ -171,6 +171,47 @@ def returns_routes(vllm_config) -> bool:
     return holder.enable_return_routed_experts
 
 
+def _end_with(trainer: int, folders: list[str]) -> None:
+    "A thread that ends this process, and those between it and the trainer, when the trainer ends."
+    import psutil
+
+    ancestors, pid = [], os.getpid()
+    while pid not in (trainer, 0, 1):
+        ancestors.append(pid)
+        pid = psutil.Process(pid).ppid()
+    if pid != trainer or not ancestors:  # the trainer's own process, or another machine
+        return
+    watched = psutil.Process(trainer)
+
+    def watch():
+        while watched.is_running() and watched.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        for p in reversed(ancestors):
+            os.kill(p, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _answers(worker) -> dict[str, Tensor]:
+    "The answer of every matrix of a worker's model, by module."
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+
+    model, config = worker.get_model(), worker.vllm_config
+    like = next(p for p in model.parameters() if p.is_floating_point() and p.numel())
+    with (
+        torch.inference_mode(),
+        set_current_vllm_config(config),
+        set_forward_context(None, config),
+    ):
+        return {
+            name: answer(kind, module, like).float().cpu().contiguous()
+            for name, kind, module in askable(model)
+        }
+
+# %% ../../nbs/11d_vllm_worker.ipynb #89f32e2b
 class WorkerMethods:
     """Methods that vLLM's workers get (`worker_extension_cls`).
 
@@ -212,20 +253,8 @@ class WorkerMethods:
     def minirl_answers(self, path: str | None = None) -> dict[str, Tensor] | None:
         "The answer of every matrix. With a path, into a file of that folder."
         from safetensors.torch import save_file
-        from vllm.config import set_current_vllm_config
-        from vllm.forward_context import set_forward_context
 
-        model, config = self.get_model(), self.vllm_config
-        like = next(p for p in model.parameters() if p.is_floating_point() and p.numel())
-        with (
-            torch.inference_mode(),
-            set_current_vllm_config(config),
-            set_forward_context(None, config),
-        ):
-            answers = {
-                name: answer(kind, module, like).float().cpu().contiguous()
-                for name, kind, module in askable(model)
-            }
+        answers = _answers(self)
         if path is None:
             return answers
         save_file(answers, Path(path) / f"{self.rank:05d}.safetensors")
@@ -238,25 +267,7 @@ class WorkerMethods:
         The engine process between this worker and the trainer ends too, and the trainer's temporary
         folders
         are deleted."""
-        import psutil
-
-        ancestors, pid = [], os.getpid()
-        while pid not in (trainer, 0, 1):
-            ancestors.append(pid)
-            pid = psutil.Process(pid).ppid()
-        if pid != trainer or not ancestors:  # the trainer's own process, or another machine
-            return
-        watched = psutil.Process(trainer)
-
-        def watch():
-            while watched.is_running() and watched.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(1)
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-            for p in reversed(ancestors):
-                os.kill(p, signal.SIGKILL)
-
-        threading.Thread(target=watch, daemon=True).start()
+        _end_with(trainer, folders)
 
 # %% ../../nbs/11d_vllm_worker.ipynb #04d4fcc1
 def pad_heads(attention: nn.Module) -> None:
