@@ -315,34 +315,38 @@ class RunResult:
     def report(self) -> str:
         """What a run prints when it ends: accuracy before and after, paired differences with 95%
         intervals, and where its files are. Empty on ranks that do not write the metrics."""
-        if not self.rows:
-            return ""
-        steps = self.steps()
-        checkpoint = newest_checkpoint(self.folder)
-        if self.stopped:
-            return (
-                f"stopped after {steps[-1]['step']} gradient steps; the same command with "
-                f"--resume goes on\nrun folder:  {self.folder}\ncheckpoint:  {checkpoint}"
-            )
-        names = {
-            "rollout": "as the rollout engine computes",
-            "train": "as the trainer computes",
-        }
-        last = self.evaluations[max(self.evaluations)]
-        samples = next(iter(last.values())).sampling.n
-        parts = [
-            f"mean accuracy over {samples} samples per problem, {names[k]}:\n"
-            + evaluate.difference_table(self.differences(k))
-            for k in last
-        ]
-        seconds = sum(r["seconds/step"] for r in steps)
-        parts.append(
-            f"{steps[-1]['step']} gradient steps in {seconds:.0f} s, routing replay: {self.replay}"
-            f"\nrun folder:  {self.folder}\nfigure:      {self.figure}\ncheckpoint:  {checkpoint}"
+        return _report(self)
+
+# %% ../nbs/14f_report.ipynb #e35e1a3f
+def _report(result: RunResult) -> str:
+    if not result.rows:
+        return ""
+    steps = result.steps()
+    checkpoint = newest_checkpoint(result.folder)
+    if result.stopped:
+        return (
+            f"stopped after {steps[-1]['step']} gradient steps; the same command with "
+            f"--resume goes on\nrun folder:  {result.folder}\ncheckpoint:  {checkpoint}"
         )
-        parts.append(
-            f"`minirl diagnose {self.folder}` says whether anything goes wrong,\n"
-            f"`minirl report {self.folder}` draws every metric,\n"
-            "and the page nbs/15_train.ipynb explains how a step works"
-        )
-        return "\n\n".join(parts)
+    names = {
+        "rollout": "as the rollout engine computes",
+        "train": "as the trainer computes",
+    }
+    last = result.evaluations[max(result.evaluations)]
+    samples = next(iter(last.values())).sampling.n
+    parts = [
+        f"mean accuracy over {samples} samples per problem, {names[k]}:\n"
+        + evaluate.difference_table(result.differences(k))
+        for k in last
+    ]
+    seconds = sum(r["seconds/step"] for r in steps)
+    parts.append(
+        f"{steps[-1]['step']} gradient steps in {seconds:.0f} s, routing replay: {result.replay}"
+        f"\nrun folder:  {result.folder}\nfigure:      {result.figure}\ncheckpoint:  {checkpoint}"
+    )
+    parts.append(
+        f"`minirl diagnose {result.folder}` says whether anything goes wrong,\n"
+        f"`minirl report {result.folder}` draws every metric,\n"
+        "and the page nbs/15_train.ipynb explains how a step works"
+    )
+    return "\n\n".join(parts)

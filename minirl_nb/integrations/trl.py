@@ -50,6 +50,36 @@ def _own_forward(model: nn.Module):
             model.forward = patched
 
 # %% ../../nbs/18a_trl.ipynb #b64519dd
+def _with_routes(owner, rollout_func: Callable) -> Callable:
+    "The user's function, whose `routed_experts` are kept here."
+
+    def called(prompts, trainer):
+        output = dict(rollout_func(prompts, trainer))
+        given = output.pop("routed_experts", None)
+        if given is not None:
+            r = as_rollout(owner.model, given, output["prompt_ids"], output["completion_ids"])
+            check(owner.model, r)
+            owner._sampled = replace(of_rollout(r), logp=None)  # TRL keeps the user's own
+        return output
+
+    return called
+
+
+def _check_engine(trainer) -> None:
+    "ValueError for a trainer that an engine cannot serve."
+    if (
+        trainer.is_fsdp_enabled
+        or trainer.is_deepspeed_enabled
+        or hasattr(trainer.model, "peft_config")
+    ):
+        raise ValueError(
+            "an engine takes whole weights by their names: a model that is sharded or has an "
+            "adapter is not served"
+        )
+    if trainer.use_vllm or trainer.rollout_func is not None:
+        raise ValueError("use_vllm or a rollout_func and an engine: only one can sample")
+
+# %% ../../nbs/18a_trl.ipynb #93a6a589
 class _Sampler:
     "The part of `MiniRL` that knows what was sampled: `_sampled`, until the next generation."
 
@@ -58,16 +88,10 @@ class _Sampler:
         self._loaded: int | None = None  # the gradient step whose weights the engine has
         self._engine: Engine | None = None
         if self.rollout_func is not None:
-            self.rollout_func = self._with_routes(self.rollout_func)
+            self.rollout_func = _with_routes(self, self.rollout_func)
         if engine is None:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
-            raise ValueError(
-                "an engine takes whole weights by their names: a model that is sharded or has an "
-                "adapter is not served"
-            )
-        if self.use_vllm or self.rollout_func is not None:
-            raise ValueError("use_vllm or a rollout_func and an engine: only one can sample")
+        _check_engine(self)
         with _own_forward(self.accelerator.unwrap_model(self.model)) as model:
             self._engine = engine(model)
 
@@ -115,23 +139,15 @@ class _Sampler:
         if self._engine is not None:
             self._engine.close()
 
-    def _with_routes(self, rollout_func: Callable) -> Callable:
-        "The user's function, whose `routed_experts` are kept here."
-
-        def called(prompts, trainer):
-            output = dict(rollout_func(prompts, trainer))
-            given = output.pop("routed_experts", None)
-            if given is not None:
-                r = as_rollout(self.model, given, output["prompt_ids"], output["completion_ids"])
-                check(self.model, r)
-                self._sampled = replace(of_rollout(r), logp=None)  # TRL keeps the user's own
-            return output
-
-        return called
-
 # %% ../../nbs/18a_trl.ipynb #bac4ed4b
-class _Replayer(_Sampler):
-    "The part of `MiniRL` that gives TRL's passes their experts."
+def _padded(rows: list[list[float]], like: Tensor) -> Tensor:
+    "[B, C] numbers of rows of different lengths, zeros behind them."
+    C = like.shape[1]
+    return torch.stack([F.pad(torch.tensor(x), (0, C - len(x))) for x in rows]).to(like.device)
+
+
+class _Generation(_Sampler):
+    "The part of `MiniRL` that keeps what generation gave: its log-probabilities and its experts."
 
     def _start_replayer(self, mode):
         generations = self.num_iterations * self.args.steps_per_generation
@@ -160,9 +176,7 @@ class _Replayer(_Sampler):
         prompts, completions = output["prompt_ids"], output["completion_ids"]
         logp_mu = output.get("sampling_per_token_logps")
         if self._sampled is not None and self._sampled.logp is not None:
-            C = completions.shape[1]
-            rows = [F.pad(torch.tensor(x), (0, C - len(x))) for x in self._sampled.logp]
-            logp_mu = torch.stack(rows).to(completions.device)
+            logp_mu = _padded(self._sampled.logp, completions)
         if logp_mu is not None:
             output["logp_mu"] = logp_mu
         kept = self._placed(prompts, completions) if self.replay_mode == "R3" else self._old
@@ -179,6 +193,10 @@ class _Replayer(_Sampler):
         if self._mu is None and self.replay_mode == "R3":
             raise RuntimeError("R3, but nobody recorded experts when these tokens were sampled")
         return self._mu
+
+# %% ../../nbs/18a_trl.ipynb #3ab6c783
+class _PiOld(_Generation):
+    "The part of `MiniRL` that gives TRL's log-probabilities of pi_old their experts."
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
@@ -220,6 +238,10 @@ class _Replayer(_Sampler):
         logps, entropies, _ = zip(*found)
         return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies), None
 
+# %% ../../nbs/18a_trl.ipynb #db53138d
+class _Replayer(_PiOld):
+    "The part of `MiniRL` that gives TRL's passes their experts."
+
     def training_step(self, *args, **kwargs):
         with contextlib.ExitStack() as self._until_backward:
             loss = super().training_step(*args, **kwargs)
@@ -256,7 +278,117 @@ def _stacked(parts: list[Tensor]) -> Tensor:
     return torch.cat([widened(x) for x in parts])
 
 # %% ../../nbs/18a_trl.ipynb #10449281
-class MiniRL(_Replayer):
+class _Scored(_Replayer):
+    "The part of `MiniRL` that puts the objective in the place of TRL's loss."
+
+    def _scored(self, loss: Tensor, now: Tensor, inputs: dict) -> Tensor:
+        "The loss of this micro-batch, whose rows are kept until the gradient step is complete."
+        logp_old = inputs.get("old_per_token_logps")
+        logp_old = now.detach() if logp_old is None else logp_old
+        logp_mu = inputs.get("logp_mu", logp_old)
+        logp_mu = torch.where(logp_mu.isnan(), logp_old, logp_mu)  # tokens that vLLM did not score
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        batch = dict(logp_old=logp_old, logp_mu=logp_mu, response_mask=mask)
+        batch |= dict(advantage=inputs["advantages"])
+        if self.objective is not None:
+            loss = self.objective.loss(logp=now, **batch, count=self._count(inputs))
+        if self.measure and self.model.training:
+            batch |= dict(logp=now)
+            self._rows.append({name: x.detach().cpu() for name, x in batch.items()})
+        return loss
+
+    def _count(self, inputs: dict) -> float:
+        "The objective's normaliser of the gradient step that this micro-batch belongs to."
+        parts = self.current_gradient_accumulation_steps if self.model.training else 1
+        if self.objective.normalizer != "tokens":
+            return len(inputs["advantages"]) * parts
+        tokens = float(inputs["num_items_in_batch"].clamp(min=1)) / self.accelerator.num_processes
+        return tokens * parts / (self.args.steps_per_generation if self.model.training else 1)
+
+# %% ../../nbs/18a_trl.ipynb #a21fa10d
+class _Flips(_Scored):
+    "The part of `MiniRL` that sees how often the choice of experts flips."
+
+    @torch.no_grad()
+    def _live_routes(self, inputs: dict, rows: Tensor) -> tuple[Tensor, Tensor]:
+        "Experts [m, T, L, K] that the model chooses now by itself, and the mask [m, T] of tokens."
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)[rows]
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)[rows]
+        with record(self.model) as live, self.accelerator.autocast():
+            self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+        return live.pop(len(rows)).cpu(), mask.bool().cpu()
+
+    def _generated(self, output: dict) -> None:
+        "After a generation: which responses are monitored, and how generation differs from pi_old."
+        if not (self.monitor and self.model.training):
+            return
+        B = len(output["prompt_ids"])
+        number = torch.arange(B, device=output["prompt_ids"].device)
+        output["monitored"] = torch.where(number < self.monitor, number, -1)
+        rows = number[: self.monitor]
+        self._live, attended = self._live_routes(output, rows)
+        mu = self._placed(output["prompt_ids"], output["completion_ids"])
+        if mu is not None:
+            routes, valid = mu[0][: self.monitor], mu[1][: self.monitor] & attended
+            self._flips.setdefault("discrepancy", []).append((routes, self._live, valid))
+
+    def _before_loss(self, inputs: dict) -> None:
+        "How pi, which is about to be scored, differs from pi_old on the monitored responses."
+        if "monitored" not in inputs or not self.model.training:
+            return
+        rows = (inputs["monitored"] >= 0).nonzero()[:, 0]
+        if len(rows):
+            now, attended = self._live_routes(inputs, rows)
+            old = self._live[inputs["monitored"][rows].cpu()]
+            self._flips.setdefault("staleness", []).append((old, now, attended))
+
+# %% ../../nbs/18a_trl.ipynb #af81329d
+class _Logs(_Flips):
+    "The part of `MiniRL` that writes `minirl/*` into TRL's logs."
+
+    def _stepped(self) -> None:
+        "At the end of a gradient step: its statistics into TRL's logs."
+        if not (self._rows and self.accelerator.sync_gradients):
+            return
+        rows, flips = self._of_all_processes(self._rows), self._of_all_processes([self._flips])
+        self._rows, self._flips = [], {}
+        batch = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+        policies = {name: x for name, x in batch.items() if name != "advantage"}
+        if self.objective is not None:
+            found = self.objective.stats(**batch)
+        else:
+            found = diagnostics(**policies)
+        found |= validity(**policies)
+        for name in ("discrepancy", "staleness"):
+            parts = [triple for one in flips for triple in one.get(name, [])]
+            if parts:
+                stats = compare(*(_stacked(list(x)) for x in zip(*parts))).stats()
+                found |= {f"{name}/{key}": value for key, value in stats.items()}
+        for name, value in found.items():
+            self._metrics["train"][f"minirl/{name}"].append(value)
+        self._warn_of_shift(found)
+
+    def _of_all_processes(self, mine: list) -> list:
+        if self.accelerator.num_processes == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        return gather_object(mine)
+
+    def _warn_of_shift(self, found: dict[str, float]) -> None:
+        "Once, where the gradient of the surrogate may be off by its own length."
+        if self._warned or not (said := shift_warning(found)):
+            return
+        self._warned = True
+        warnings.warn(
+            f"gradient step {self.state.global_step + 1}: {said}",
+            stacklevel=2,
+        )
+
+# %% ../../nbs/18a_trl.ipynb #6a38c7a3
+class MiniRL(_Logs):
     """`class Trainer(MiniRL, GRPOTrainer): ...` is TRL's trainer with routing replay, any objective
     of this library, and its diagnostics.
 
@@ -307,103 +439,3 @@ class MiniRL(_Replayer):
             said = said or "monitor needs the same forwards on every process of a sharded model"
         if said:
             raise ValueError(said)
-
-    def _scored(self, loss: Tensor, now: Tensor, inputs: dict) -> Tensor:
-        "The loss of this micro-batch, whose rows are kept until the gradient step is complete."
-        logp_old = inputs.get("old_per_token_logps")
-        logp_old = now.detach() if logp_old is None else logp_old
-        logp_mu = inputs.get("logp_mu", logp_old)
-        logp_mu = torch.where(logp_mu.isnan(), logp_old, logp_mu)  # tokens that vLLM did not score
-        mask = inputs["completion_mask"].bool()
-        if "tool_mask" in inputs:
-            mask = mask & inputs["tool_mask"].bool()
-        batch = dict(logp_old=logp_old, logp_mu=logp_mu, response_mask=mask)
-        batch |= dict(advantage=inputs["advantages"])
-        if self.objective is not None:
-            loss = self.objective.loss(logp=now, **batch, count=self._count(inputs))
-        if self.measure and self.model.training:
-            batch |= dict(logp=now)
-            self._rows.append({name: x.detach().cpu() for name, x in batch.items()})
-        return loss
-
-    def _count(self, inputs: dict) -> float:
-        "The objective's normaliser of the gradient step that this micro-batch belongs to."
-        parts = self.current_gradient_accumulation_steps if self.model.training else 1
-        if self.objective.normalizer != "tokens":
-            return len(inputs["advantages"]) * parts
-        tokens = float(inputs["num_items_in_batch"].clamp(min=1)) / self.accelerator.num_processes
-        return tokens * parts / (self.args.steps_per_generation if self.model.training else 1)
-
-    # ------------------------------------------------------------------ flips
-    @torch.no_grad()
-    def _live_routes(self, inputs: dict, rows: Tensor) -> tuple[Tensor, Tensor]:
-        "Experts [m, T, L, K] that the model chooses now by itself, and the mask [m, T] of tokens."
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)[rows]
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)[rows]
-        with record(self.model) as live, self.accelerator.autocast():
-            self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
-        return live.pop(len(rows)).cpu(), mask.bool().cpu()
-
-    def _generated(self, output: dict) -> None:
-        "After a generation: which responses are monitored, and how generation differs from pi_old."
-        if not (self.monitor and self.model.training):
-            return
-        B = len(output["prompt_ids"])
-        number = torch.arange(B, device=output["prompt_ids"].device)
-        output["monitored"] = torch.where(number < self.monitor, number, -1)
-        rows = number[: self.monitor]
-        self._live, attended = self._live_routes(output, rows)
-        mu = self._placed(output["prompt_ids"], output["completion_ids"])
-        if mu is not None:
-            routes, valid = mu[0][: self.monitor], mu[1][: self.monitor] & attended
-            self._flips.setdefault("discrepancy", []).append((routes, self._live, valid))
-
-    def _before_loss(self, inputs: dict) -> None:
-        "How pi, which is about to be scored, differs from pi_old on the monitored responses."
-        if "monitored" not in inputs or not self.model.training:
-            return
-        rows = (inputs["monitored"] >= 0).nonzero()[:, 0]
-        if len(rows):
-            now, attended = self._live_routes(inputs, rows)
-            old = self._live[inputs["monitored"][rows].cpu()]
-            self._flips.setdefault("staleness", []).append((old, now, attended))
-
-    # ------------------------------------------------------------------ logs
-    def _stepped(self) -> None:
-        "At the end of a gradient step: its statistics into TRL's logs."
-        if not (self._rows and self.accelerator.sync_gradients):
-            return
-        rows, flips = self._of_all_processes(self._rows), self._of_all_processes([self._flips])
-        self._rows, self._flips = [], {}
-        batch = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
-        policies = {name: x for name, x in batch.items() if name != "advantage"}
-        if self.objective is not None:
-            found = self.objective.stats(**batch)
-        else:
-            found = diagnostics(**policies)
-        found |= validity(**policies)
-        for name in ("discrepancy", "staleness"):
-            parts = [triple for one in flips for triple in one.get(name, [])]
-            if parts:
-                stats = compare(*(_stacked(list(x)) for x in zip(*parts))).stats()
-                found |= {f"{name}/{key}": value for key, value in stats.items()}
-        for name, value in found.items():
-            self._metrics["train"][f"minirl/{name}"].append(value)
-        self._warn_of_shift(found)
-
-    def _of_all_processes(self, mine: list) -> list:
-        if self.accelerator.num_processes == 1:
-            return mine
-        from accelerate.utils import gather_object
-
-        return gather_object(mine)
-
-    def _warn_of_shift(self, found: dict[str, float]) -> None:
-        "Once, where the gradient of the surrogate may be off by its own length."
-        if self._warned or not (said := shift_warning(found)):
-            return
-        self._warned = True
-        warnings.warn(
-            f"gradient step {self.state.global_step + 1}: {said}",
-            stacklevel=2,
-        )
