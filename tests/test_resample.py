@@ -111,7 +111,7 @@ def test_the_expected_gradient_keeps_its_direction():
     expected number of groups with signal over what it was."""
     ys = exact.list_responses(2, 1, None)
     policy = exact.TablePolicy(ys, prompts=2)
-    theta = policy.init(0, scale=2.0)
+    theta = policy.init(0)
     score = [exact.token_scores(lambda p, x=x: policy(p, x), theta).sum(1) for x in (0, 1)]
     p = [exact.sequence_logp(policy(theta, x)).exp() for x in (0, 1)]
     units = list(itertools.product((0, 1), range(len(ys)), range(len(ys))))
@@ -144,7 +144,7 @@ def test_the_expected_gradient_keeps_its_direction():
     assert 1.1 * s < filled < 0.99  # it does something, and the bound is felt
     # 512 sequences, each a product of a few float64 numbers
     assert torch.allclose(expected, filled / s * plain, rtol=1e-12, atol=1e-14)
-    assert exact.angle(expected, plain) < 1e-6 and plain.norm() > 0.01
+    assert exact.angle(expected, plain) < 1e-6 and plain.norm() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------ in a run
