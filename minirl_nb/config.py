@@ -186,13 +186,11 @@ class BatchConfig:
     """Lay the responses of a micro-batch one behind the other in a single row, without padding
     (variable-length attention)."""
     resample: int = 0
-    """Most further prompts that a rollout step samples in place of prompts whose responses all have
-    one reward (page 14i); 0: none. Where that many do not suffice, such prompts stay in the
-    batch."""
+    """Most further prompts that a rollout step samples in place of those whose responses all have
+    one reward (page 14i). Of these, what is left then stays in the batch. 0: none."""
 
     def __post_init__(self):
-        sizes = ("prompts", "updates", "rollout_prompts", "tokens")
-        _require(self, "batch.", positive=sizes, not_negative=("resample",))
+        _require(self, "batch.", ("prompts", "updates", "rollout_prompts", "tokens"), ("resample",))
         if self.rollout_prompts is not None and self.rollout_prompts % self.updates:
             raise ValueError(
                 f"batch.updates is {self.updates}, which does not divide the "
