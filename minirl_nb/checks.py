@@ -236,8 +236,9 @@ def check(
         )
     if objective_of(config).advantage == "none" and config.batch.resample:
         raise ValueError(
-            f"batch.resample is {config.batch.resample}, but with objective.advantage = none a group "
-            "of equal rewards has a gradient that must not be left out; set batch.resample to 0"
+            f"batch.resample is {config.batch.resample}, but with objective.advantage = none a "
+            "group of equal rewards has a gradient that must not be left out; set batch.resample "
+            "to 0"
         )
     model_config = read_model_config(config.model.path)
     _check_model(config, model_config)

@@ -81,8 +81,9 @@ def resample(
     bound: int,  # m, most further prompts
     gather: Callable[[Any], list],  # `World.gather`
 ) -> tuple[Drawn, int, dict[str, float]]:
-    """The batch in which prompts with signal stand for prompts without, the number of further prompts
-    that were sampled, and metrics of all of them. Groups of the batch are numbered by their places.
+    """The batch in which prompts with signal stand for prompts without, the number of further
+    prompts that were sampled, and metrics of all of them. Groups of the batch are numbered by
+    their places.
 
     All ranks call it: each round gathers rewards."""
     reward, group = _known(drawn, gather)

@@ -106,8 +106,8 @@ def test_ranks_choose_as_one_process_does(size):
 
 
 def test_the_expected_gradient_keeps_its_direction():
-    """Every sequence of prompts and responses of a policy with two prompts, two responses each, with
-    its probability: the mean of the batch's gradient is that without resampling, times the
+    """Every sequence of prompts and responses of a policy with two prompts, two responses each,
+    with its probability: the mean of the batch's gradient is that without resampling, times the
     expected number of groups with signal over what it was."""
     ys = exact.list_responses(2, 1, None)
     policy = exact.TablePolicy(ys, prompts=2)
