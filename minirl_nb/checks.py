@@ -234,7 +234,12 @@ def check(
             f"steps is {config.steps}, not a multiple of batch.updates = {updates}: a rollout step "
             "is that many"
         )
-    objective_of(config)
+    if objective_of(config).advantage == "none" and config.batch.resample:
+        raise ValueError(
+            f"batch.resample is {config.batch.resample}, but with objective.advantage = none a "
+            "group of equal rewards has a gradient that must not be left out; set batch.resample "
+            "to 0"
+        )
     model_config = read_model_config(config.model.path)
     _check_model(config, model_config)
     _check_processes(config, processes, model_config)

@@ -184,9 +184,12 @@ class BatchConfig:
     packed: bool = False
     """Lay the responses of a micro-batch one behind the other in a single row, without padding
     (variable-length attention)."""
+    resample: int = 0
+    """Most further prompts that a rollout step samples in place of those whose responses all have
+    one reward (page 14i). Of these, what is left then stays in the batch. 0: none."""
 
     def __post_init__(self):
-        _require(self, "batch.", positive=("prompts", "updates", "rollout_prompts", "tokens"))
+        _require(self, "batch.", ("prompts", "updates", "rollout_prompts", "tokens"), ("resample",))
         if self.rollout_prompts is not None and self.rollout_prompts % self.updates:
             raise ValueError(
                 f"batch.updates is {self.updates}, which does not divide the "

@@ -146,6 +146,7 @@ def log(run: Run, step: Step, rows: list[dict[str, Any]], found: Parity | None) 
                 "response_length": float(length.double().mean()),
                 "cut": float((~finished).double().mean()),
                 "equal_groups": float(equal_groups(reward, group).double().mean()),
+                **step.resampled,
                 **row,
                 **(found.stats() if found else {}),
                 **{f"seconds/{k}": v for k, v in seconds.items()},

@@ -48,7 +48,7 @@ _POLICY = (
         "reward",
         "training reward",
         "",
-        "Mean reward of the mini-batch's responses.",
+        "Mean reward of the mini-batch's responses; under batch.resample a chosen sample.",
         "09_verification",
         trl="reward",
         verl="critic/score/mean",
@@ -98,6 +98,38 @@ _PROBLEMS = (
         "share",
         "Mean accuracy on held-out problems, as the rollout engine or the trainer computes.",
         "13_evaluate",
+    ),
+)
+
+# %% ../nbs/14ea_metrics.ipynb #c3b709ba
+_RESAMPLE = (  # written where batch.resample is on
+    Metric(
+        "resample/reward",
+        "reward of all sampled responses",
+        "",
+        "Mean reward of all responses, of replaced prompts too: not moved by the choice.",
+        "14i_resample",
+    ),
+    Metric(
+        "resample/equal_groups",
+        "groups of equal rewards among all sampled",
+        "share",
+        "Of all groups that the rollout step sampled, those without a gradient.",
+        "14i_resample",
+    ),
+    Metric(
+        "resample/replaced",
+        "replaced prompts",
+        "prompts",
+        "Prompts of the batch in whose place another one stands.",
+        "14i_resample",
+    ),
+    Metric(
+        "resample/further",
+        "further prompts",
+        "prompts",
+        "Prompts that the rollout step sampled beyond the size of its batch.",
+        "14i_resample",
     ),
 )
 
@@ -333,7 +365,7 @@ _OTHERS_SECONDS = {  # verl's names for phases of ours
 
 # %% ../nbs/14ea_metrics.ipynb #3421e92b
 METRICS = (
-    *(_PLACE + _POLICY + _PROBLEMS + _UPDATE + _CLIPPING + _RESPONSES),
+    *(_PLACE + _POLICY + _PROBLEMS + _RESAMPLE + _UPDATE + _CLIPPING + _RESPONSES),
     *(_OF_RATIOS + _ROUTES + _TRUST + _PARITY + _COST),
 )
 

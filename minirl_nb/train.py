@@ -59,6 +59,7 @@ from minirl_nb.measure import (
 from .parallel import launched
 from .report import RunResult, observers_of, plot_run, write_samples
 from .parity import widened
+from .resample import Drawn, resample
 from .rollout import Parity, Sampling, parity
 from .run import Run, Step, TrainingError, seed_of, timed, tune_allocator
 from .world import World, pretrained
@@ -103,46 +104,50 @@ _all_ = [
 def sample(run: Run) -> Step:
     "Problems -> engine.generate -> Rollout -> task.verify -> reward, advantage."
     seconds: dict[str, float] = {}
-    rollout, problems = _generate(run, seconds)
-    with timed(seconds, "verify"):
-        texts = [
-            run.task.decode(rollout.response(b).tolist(), run.tokenizer)
-            for b in range(len(rollout))
-        ]
-        rollout.reward = run.task.verify_many(problems, texts)
-    readable = _readable(rollout, problems, texts)
-    tokens = {"generate": int(rollout.response_length.sum())}
+    tokens = {"generate": 0}
+    n, bound = run.config.batch.prompts_per_rollout, run.config.batch.resample
+
+    def draw(first: int, count: int) -> Drawn:
+        return _draw(run, first, count, seconds, tokens)
+
+    run.world.release_gathered(run.model)
+    with timed(seconds, "generate"):
+        run.engine.wake()
+    drawn, further, metrics = draw(0, n), 0, {}
+    if bound:
+        drawn, further, metrics = resample(drawn, draw, n, bound, run.world.gather)
+    with timed(seconds, "generate"):
+        run.engine.sleep()
     with timed(seconds, "exchange"):
-        rollout, advantage, minibatches = _share_out(run, rollout.pack_routes())
+        rollout, advantage, minibatches = _share_out(run, drawn.rollout)
     return Step(
         rollout,
         advantage,
-        readable,
+        _readable(drawn.rollout, drawn.problems, drawn.texts),
         seconds,
         tokens,
         minibatches,
+        further,
+        metrics,
         mu_routes=rollout.routes,
         mu_valid=rollout.routes_valid,
     )
 
 # %% ../nbs/15_train.ipynb #7e8051fd
-def _generate(run: Run, seconds: dict[str, float]) -> tuple[Rollout, list]:
-    "This rank's responses, and the problem of each."
+def _draw(run: Run, first: int, n: int, seconds: dict[str, float], tokens: dict[str, int]) -> Drawn:
+    "This rank's responses to n problems of the rollout step, from its number `first`, verified."
     config, world = run.config, run.world
-    n, per_engine = config.batch.prompts_per_rollout, config.rollout.ranks_per_engine
-    problems, mine = run.problems(run.rollout_step * n, n), world.share(n, per_engine)
+    per_engine = config.rollout.ranks_per_engine
+    problems, mine = run.next_problems(first, n), world.share(n, per_engine)
     sampling = Sampling(
         config.rollout.responses,
         config.rollout.temperature,
         config.rollout.max_new_tokens,
         seed_of(config.seed, "rollout", run.rollout_step),
-        mine.start * config.rollout.responses,
+        (first + mine.start) * config.rollout.responses,
     )
-    world.release_gathered(run.model)
     with timed(seconds, "generate"):
-        run.engine.wake()
         rollout = run.engine.generate([run.encode(p) for p in problems[mine]], sampling)
-        run.engine.sleep()
     if run.replay == "R3" and rollout.routes is None:
         raise TrainingError(
             f"objective.replay is R3, but {type(run.engine).__name__} gives no routes"
@@ -150,8 +155,16 @@ def _generate(run: Run, seconds: dict[str, float]) -> tuple[Rollout, list]:
     if per_engine > 1:  # the ranks of one engine hold the same responses
         rows = torch.arange(len(rollout))[world.rank % per_engine :: per_engine]
         rollout = rollout.select(rows)
-    rollout.group = rollout.group + mine.start
-    return rollout, [problems[g] for g in rollout.group.tolist()]
+    tokens["generate"] += int(rollout.response_length.sum())
+    of_row = [problems[mine.start + g] for g in rollout.group.tolist()]
+    rollout.group = rollout.group + first + mine.start
+    with timed(seconds, "verify"):
+        texts = [
+            run.task.decode(rollout.response(b).tolist(), run.tokenizer)
+            for b in range(len(rollout))
+        ]
+        rollout.reward = run.task.verify_many(of_row, texts)
+    return Drawn(rollout.pack_routes(), of_row, texts)
 
 # %% ../nbs/15_train.ipynb #3e164fdc
 def _share_out(run: Run, rollout: Rollout) -> tuple[Rollout, Tensor, list[Tensor]]:
@@ -395,6 +408,7 @@ def train(
                 updates = range(len(step.minibatches))
                 rows = [flips(run, step, i) | update(run, step, i) for i in updates]
                 run.rollout_step += 1
+                run.further += step.further
                 found = transfer(run, step.seconds)  # weights -> engine
                 log(run, step, rows, found)
                 stopped = finish_step(run, step, on_step)

@@ -29,14 +29,21 @@ class Given:
         self.folder, self.run = Path(folder), run
 
     def generate(self, prompts, sampling):
-        all_rows = batch.load(
-            self.folder / str(self.run.rollout_step % len(list(self.folder.iterdir())))
-        )
-        rows = torch.arange(sampling.first, sampling.first + len(prompts) * sampling.n)
-        r = all_rows.select(rows)
+        """Rows of the stream of all folders, from where this rollout step's part begins. What is
+        asked for lies in one folder or in two neighbours."""
+        size = self.run.config.batch.prompts_per_rollout
+        at = self.run.rollout_step * size + self.run.further + sampling.first // sampling.n
+        parts = []
+        while (left := len(prompts) - sum(p for _, p in parts)) or not parts:
+            folder, first = divmod(at + len(prompts) - left, size)
+            n = min(left, size - first)
+            rows = torch.arange(first * sampling.n, (first + n) * sampling.n)
+            number = folder % len(list(self.folder.iterdir()))
+            parts.append((batch.load(self.folder / str(number)).select(rows), n))
+        r = batch.cat([p for p, _ in parts])
         return replace(
             r,
-            group=r.group - sampling.first // sampling.n,
+            group=torch.arange(len(prompts)).repeat_interleave(sampling.n),
             reward=torch.full((len(r),), float("nan")),
         )
 
@@ -98,6 +105,7 @@ def run_case(case):
                 for i in range(len(step.minibatches))
             ]
             state.rollout_step += 1
+            state.further += step.further
             train.log(state, step, rows, train.transfer(state, step.seconds))
         if case.get("checkpoint"):
             state.checkpoint()

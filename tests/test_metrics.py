@@ -9,6 +9,11 @@ from minirl_nb.weights import ratio_stats
 
 WRITTEN_ELSEWHERE = {
     "parity/floor",  # engines whose model can be read
+    # with batch.resample: test_resample.py
+    "resample/reward",
+    "resample/equal_groups",
+    "resample/replaced",
+    "resample/further",
 }
 
 

@@ -167,6 +167,8 @@ SHARED = {
 }
 
 
+# eight steps of 6 prompts and at most 3 further ones use up the 72 that are given
+RESAMPLED = {"batch.resample": 3, "steps": 8}
 RESUMED = {"one": 1, "four": 4, "two": 2}  # a run's name: the processes it goes on with
 
 
@@ -183,8 +185,10 @@ def compared(given, silent):
         return given("from-one", 1, "R2", config=config, **more)
 
     alone = [given(f"alone-N{n}-{r}", n, r) for n, r in SETTINGS]
-    work(1, [*alone, from_one(stop=3, checkpoint=True)], given.folder)
+    resampling = [given(f"resampled-{k}", 1, "R3", config=RESAMPLED) for k in ("alone", "pair")]
+    work(1, [*alone, resampling[0], from_one(stop=3, checkpoint=True)], given.folder)
     pairs = [given(name, n, r, **more) for name, (n, r, more) in SHARED.items()]
+    pairs.append(resampling[1])
     begun = [given(f"resumed-{k}", 4, "R3", stop=8, checkpoint=True) for k in RESUMED]
     replicas, apart = {"resume": True, "parallel.shard": 1}, {"resume": True, "parallel.expert": 2}
     spread = [
@@ -232,6 +236,18 @@ def assert_equal_runs(a, b, count=STEPS):
 def test_two_processes_are_one(name, compared):
     n, r, _ = SHARED[name]
     assert_equal_runs(compared / f"alone-N{n}-{r}", compared / name)
+
+
+def test_two_processes_replace_the_prompts_that_one_replaces(compared):
+    """The ranks share further prompts, of which there may be fewer than ranks."""
+    alone, pair = (compared / f"resampled-{k}" for k in ("alone", "pair"))
+    assert_equal_runs(alone, pair, RESAMPLED["steps"])
+    further = set()
+    for a, b in zip(steps(alone), steps(pair)):
+        keys = [key for key in a if key.startswith("resample/")]
+        assert len(keys) == 4 and {k: a[k] for k in keys} == {k: b[k] for k in keys}
+        further.add(a["resample/further"])
+    assert max(further) > 0
 
 
 def test_a_comparison_would_notice(compared):

@@ -1,14 +1,16 @@
 """Studies: what is registered is valid, runs are told apart, and kept rows belong to their study."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
 import yaml
 
 from minirl_nb.config import RunConfig, config_yaml
-from minirl_nb.parsing import parse_config
+from minirl_nb.parsing import flatten, parse_config
 from minirl_nb.results import effects, outcomes, questions, results
 from minirl_nb.study import (
+    LATER_FIELDS,
     PlannedRun,
     code_hash,
     load_study,
@@ -87,6 +89,22 @@ def test_a_run_that_ends_in_an_error_is_kept_and_not_run_again(tmp_path):
     assert (run.folder(tmp_path) / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_later_fields_count_once_they_are_set():
+    """At their defaults the identity is the one from before them: the hash of a config without
+    them. At another value it is another run's."""
+    run = planned_runs(load_study(KEPT[0]), KEPT[0])[0]
+    tree, defaults = yaml.safe_load(config_yaml(run.config)), flatten(RunConfig())
+    for name, default in LATER_FIELDS.items():
+        assert defaults[name] == default
+        section, key = name.split(".")
+        del tree[section][key]
+    text = yaml.safe_dump(tree, sort_keys=False)
+    assert run.identity == hashlib.sha256(f"{text}\n{run.code}".encode()).hexdigest()
+    for name, default in LATER_FIELDS.items():
+        set_one = parse_config(run.config, {name: default + 1}, "test")
+        assert replace(run, config=set_one).identity != run.identity
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_rows_belong_to_the_registered_grid(name):
     "Each run's row has the config that the study names for it, under one code."
@@ -97,7 +115,8 @@ def test_kept_rows_belong_to_the_registered_grid(name):
     for row in rows.itertuples():
         run = registered[row.setting, row.arm, row.seed]
         assert replace(run, code=row.code).identity == row.identity
-        assert yaml.safe_load(row.config) == yaml.safe_load(config_yaml(run.config))
+        # fields that came later are missing there, and read as their defaults
+        assert parse_config(RunConfig(), yaml.safe_load(row.config), "row") == run.config
         own = table[
             (table.setting == row.setting) & (table.arm == row.arm) & (table.seed == row.seed)
         ]

@@ -43,6 +43,7 @@ from minirl_nb.plan.time import (
     pass_seconds,
     response_lengths,
     sample,
+    sample_step,
     sync_bytes,
     transfer_seconds,
     update_seconds,
@@ -277,7 +278,7 @@ def plan(
 
     engine = engine_of(case)
     capacity = cache_tokens(case, engine, passes)
-    served = sample(case, engine, capacity, case.responses)
+    served = sample_step(case, engine, capacity)
     cache = cache_bytes(case, engine, capacity, served)
     memory = memory_of_phases(case, engine, passes, cache)
     phases = _phases(case, memory, passes, mini_batch, served)

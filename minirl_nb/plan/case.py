@@ -276,6 +276,11 @@ class Case(_Setup):
         return prompts_of(self.config)[0] * self.config.rollout.responses
 
     @property
+    def further(self) -> int:
+        "Responses to further prompts (batch.resample), all of them: the most that a step can cost."
+        return self.config.batch.resample * self.config.rollout.responses
+
+    @property
     def recomputed(self) -> int:
         """Responses of a rollout step whose pi_old takes a pass of its own: not those whose first
         update gives it, unless R2 must replay there under activation checkpointing."""

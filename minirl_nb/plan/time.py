@@ -12,7 +12,8 @@ A simulated engine that takes other steps than one followed by hand refutes the 
 
 # %% auto #0
 __all__ = ['lengths', 'response_lengths', 'Load', 'meetings', 'pass_seconds', 'update_seconds',
-           'sync_bytes', 'transfer_seconds', 'Sampling', 'decode', 'Engine', 'engine_of', 'sample']
+           'sync_bytes', 'transfer_seconds', 'Sampling', 'decode', 'Engine', 'engine_of', 'sample',
+           'sample_step']
 
 # %% ../../nbs/16d_time.ipynb #22ddab9f
 import math
@@ -338,3 +339,18 @@ def sample(case: Case, engine: Engine, capacity: float, responses: int) -> Sampl
     prompts = len(share) / (settings.responses if case.uses_vllm else 1)
     found.seconds += read_seconds(assume.prompt_tokens * prompts)
     return found
+
+# %% ../../nbs/16d_time.ipynb #fb4537fe
+def sample_step(case: Case, engine: Engine, capacity: float) -> Sampling:
+    "Sampling of a rollout step: its batch, and after it all prompts that `batch.resample` allows."
+    batch = sample(case, engine, capacity, case.responses)
+    if not case.further:
+        return batch
+    further = sample(case, engine, capacity, case.further)
+    return replace(
+        batch,
+        seconds=batch.seconds + further.seconds,
+        steps=batch.steps + further.steps,
+        tokens=batch.tokens + further.tokens,
+        evicted=batch.evicted + further.evicted,
+    )
