@@ -1,4 +1,4 @@
-"""**Claim.** What a run will do next depends on its config, its weights, its optimiser, two
+"""**Claim.** What a run will do next depends on its config, its weights, its optimiser, three
 counters and the band of the parity probe, and on nothing else: no generator's state, no clock, no
 order of events. Refuted by: a run that goes on differently from the same state.
 
@@ -97,6 +97,9 @@ class Step:
     seconds: dict[str, float]
     tokens: dict[str, int]  # tokens that each phase worked on
     minibatches: list[Tensor]  # rows of each
+    further: int = 0  # prompts that were sampled beyond those of the batch
+    resampled: dict[str, float] = field(default_factory=dict)
+    """Metrics of all that was sampled, where `batch.resample` chooses among it."""
     mu_routes: Ragged | None = None  # as the engine gave them: [L, K] for each real token
     mu_valid: Tensor | None = None  # [B, T]
     logp_old: Tensor | None = None  # [B, T]
@@ -332,6 +335,7 @@ def _load_state(run: "Run", checkpoint: Path) -> None:
     "Go on from a checkpoint: counters, weights, moments, and the metrics up to it."
     state = json.loads((checkpoint / "state.json").read_text())
     run.step, run.rollout_step = state["step"], state["rollout_step"]
+    run.further = state.get("further", 0)
     run.parity_band = state["band"]
     run.world.restore(run.model, run.optimizer, checkpoint)
     if run.world.chief:
@@ -359,7 +363,7 @@ class _Records(_Computing):
         """Begin a checkpoint of this step. One process writes it here and now; many go on training
         while their shards are being written."""
         self.complete_checkpoint(wait=True)
-        counters = {"step": self.step, "rollout_step": self.rollout_step}
+        counters = {"step": self.step, "rollout_step": self.rollout_step, "further": self.further}
         self._complete_checkpoint = begin_checkpoint(
             self.world,
             self.model,
@@ -396,6 +400,11 @@ class _Progress(_Records):
     def encode(self, problem) -> list[int]:
         "The tokens of a problem's prompt."
         return self.task.encode(problem, self.tokenizer)
+
+    def next_problems(self, first: int, n: int) -> list:
+        "Of this rollout step's part of the stream, the problems number first .. first + n."
+        start = self.rollout_step * self.config.batch.prompts_per_rollout + self.further
+        return self.problems(start + first, n)
 
     def problems(self, start: int, n: int) -> list:
         "Problems number start .. start + n of the endless stream of shuffled epochs."
@@ -455,6 +464,7 @@ class Run(_Progress):
         _check_sizes(self)
         self.optimizer = self.world.optimizer(self.model, config.optimizer)
         self.step = self.rollout_step = 0
+        self.further = 0  # prompts that rollout steps so far took beyond those of their batches
         self.rows = []
         self.evaluations: dict[int, dict[str, Any]] = {}
         self.parity_band = None
