@@ -238,9 +238,9 @@ def test_ctpos_two_clips_have_the_gradient_of_its_min_and_max(b):
         for k, t in enumerate(tokens_of(b, i), start=1):
             ratio = (earlier + logp[i, t] - b.logp_mu[i, t]).exp()
             earlier += float(b.logp[i, t] - b.logp_mu[i, t])
-            low, high, most = (math.exp(c * k**0.5) for c in (-0.025, 0.05, 0.05))
+            low, high, grown = (math.exp(c * k**0.5) for c in (-0.025, 0.05, 0.05))
             cost = torch.maximum(-a * ratio, -a * ratio.clamp(low, high))
-            total = total + (cost.clamp(max=-a * most) if a < 0 else cost)
+            total = total + (cost.clamp(max=-a * grown) if a < 0 else cost)
     (total / len(logp) + 0 * logp.sum()).backward()
     ours = loss_and_grad(Objective(weight="prefix", truncation=None, clip=CTPO_REGIONS), b)[1]
     torch.testing.assert_close(ours, logp.grad, rtol=1e-12, atol=1e-14)

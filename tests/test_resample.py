@@ -67,9 +67,9 @@ def on_ranks(size, wanted, bound, rewards):
 def test_the_batch_holds_the_first_prompts_with_signal():
     """Against the rule in one sentence, for all patterns of seven prompts and each bound: the first
     n with signal among the first n + m, in the order of the places that are free."""
-    wanted, most = 3, 4
-    for flags in itertools.product([False, True], repeat=wanted + most):
-        for bound in range(most + 1):
+    wanted, largest = 3, 4
+    for flags in itertools.product([False, True], repeat=wanted + largest):
+        for bound in range(largest + 1):
             ends = [i + 1 for i in range(wanted + bound) if sum(flags[: i + 1]) == wanted]
             drawn = max(wanted, ends[0] if ends else wanted + bound)
             signal = torch.tensor(flags[:drawn])

@@ -49,12 +49,12 @@ def recomputed(model, x, scheme):
     logps, routes = torch.zeros_like(x["logp_mu"]), torch.zeros_like(x["replayed_experts"])
     ids = torch.cat([x["prompt_ids"], x["completion_ids"]], 1)
     attended = torch.cat([x["prompt_mask"], x["completion_mask"]], 1).bool()
-    for b, there in enumerate(attended):
-        row, n = ids[b][there][None], int(x["prompt_mask"][b].sum())
+    for b, valid in enumerate(attended):
+        row, n = ids[b][valid][None], int(x["prompt_mask"][b].sum())
         mask = torch.arange(row.shape[1])[None] >= n
         with torch.no_grad(), emulated(model, scheme), record(model) as live:
             logp, _ = token_logprobs(model, row, mask, temperature=0.8)
-            routes[b, there] = live.pop(1)[0]
+            routes[b, valid] = live.pop(1)[0]
         logps[b, : row.shape[1] - n] = logp[0, n:]
     return logps, routes
 

@@ -79,6 +79,21 @@ def _check_engine(trainer) -> None:
     if trainer.use_vllm or trainer.rollout_func is not None:
         raise ValueError("use_vllm or a rollout_func and an engine: only one can sample")
 
+
+def _load_new(trainer, engine: Engine) -> int:
+    "Give the engine the trainer's weights; the gradient step that they are of."
+    weights = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    engine.load(dict(weights), trainer.state.global_step)
+    return trainer.state.global_step
+
+
+def _group_size(trainer, prompts: list[list[int]]) -> int:
+    "Responses to each prompt in a row; one where this process has parts of groups."
+    n = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    groups = [prompts[i : i + n] for i in range(0, len(prompts), n)]
+    whole = all(len(g) == n and all(p == g[0] for p in g) for g in groups)
+    return n if whole else 1
+
 # %% ../../nbs/18a_trl.ipynb #93a6a589
 class _Sampler:
     "The part of `MiniRL` that knows what was sampled: `_sampled`, until the next generation."
@@ -118,13 +133,8 @@ class _Sampler:
     def _sample(self, prompts: list[list[int]]):
         "Completions and their log-probabilities from the engine, which first takes new weights."
         if self._loaded != self.state.global_step:
-            weights = self.accelerator.unwrap_model(self.model).named_parameters()
-            self._engine.load(dict(weights), self.state.global_step)
-            self._loaded = self.state.global_step
-        n = self.num_generations if self.model.training else self.num_generations_eval
-        groups = [prompts[i : i + n] for i in range(0, len(prompts), n)]
-        if any(len(g) < n or any(p != g[0] for p in g) for g in groups):
-            n = 1  # this process has parts of groups
+            self._loaded = _load_new(self, self._engine)
+        n = _group_size(self, prompts)
         seed = int(torch.randint(2**31, ()))
         sampling = Sampling(n, self.temperature, self.max_completion_length, seed)
         self._engine.wake()

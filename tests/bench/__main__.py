@@ -355,10 +355,10 @@ def _trl_rows(name, found, best, goal):
     if isinstance(found, str):
         return [(f"TRL 1.16 GRPOTrainer, {name}", float("nan"), found, "")]
     theirs, ours = found["TRL"], found["ours"]
-    of = f"full step, {name}, mean length"
+    step = f"full step, {name}, mean length"
     return [
-        (f"TRL 1.16 GRPOTrainer, {of} {theirs['length']:.0f}", best(theirs["seconds"]), "s", ""),
-        (f"this library, {of} {ours['length']:.0f}", best(ours["seconds"]), "s", ""),
+        (f"TRL 1.16 GRPOTrainer, {step} {theirs['length']:.0f}", best(theirs["seconds"]), "s", ""),
+        (f"this library, {step} {ours['length']:.0f}", best(ours["seconds"]), "s", ""),
         (f"TRL / this library, {name}", best(theirs["seconds"]) / best(ours["seconds"]), "x", goal),
         (f"peak memory of TRL, {name}", theirs["memory"], "GiB", ""),
         (f"peak memory of this library, {name}", ours["memory"], "GiB", ""),
