@@ -182,7 +182,9 @@ def changes_of(config: RunConfig) -> dict[str, tuple[Any, Any]]:
         return {}
     before, now = flatten(load_config(stored)), flatten(config)
     free = _FREE
-    if before["optimizer.schedule"] == now["optimizer.schedule"] == "constant":
+    # a run that samples ahead has not begun the rollout behind its last step
+    ahead = before["rollout.ahead"] or now["rollout.ahead"]
+    if before["optimizer.schedule"] == now["optimizer.schedule"] == "constant" and not ahead:
         free += ("steps",)
     return {
         key: (before[key], now[key])

@@ -31,8 +31,14 @@ import torch
 from torch import Tensor
 
 from . import batch, routing, tasks
+from .ahead import Ahead, EngineProcess
 from .batch import Ragged, Rollout
-from .checkpoint import begin_checkpoint, newest_checkpoint, write_atomically
+from minirl_nb.checkpoint import (
+    begin_checkpoint,
+    newest_checkpoint,
+    read_ahead,
+    write_atomically,
+)
 from .checks import changes_of, check, objective_of, replay_of
 from .config import RunConfig, config_yaml
 from .packed import pack_attention
@@ -96,6 +102,7 @@ class Step:
     seconds: dict[str, float]
     tokens: dict[str, int]  # tokens that each phase worked on
     minibatches: list[Tensor]  # rows of each
+    sampled_in: float | None = None  # seconds that the sampling took while another step trained
     mu_routes: Ragged | None = None  # as the engine gave them: [L, K] for each real token
     mu_valid: Tensor | None = None  # [B, T]
     logp_old: Tensor | None = None  # [B, T]
@@ -116,21 +123,27 @@ _PADDING = Rollout(
 )
 
 # %% ../nbs/14g_run.ipynb #28eea5cc
-def torch_engine(run: "Run", fp8: str, routes: bool) -> TorchEngine:
+def torch_engine(
+    run: "Run", fp8: str, routes: bool, kind: Callable[..., Any] = TorchEngine, **more: Any
+) -> Any:
     "The model itself as a rollout engine, with emulated low precision."
-    return TorchEngine(
+    return kind(
         run.world.replica(run.model),
         fp8=fp8,
         routes=routes,
         max_batch=run.config.rollout.max_batch,
         tokenizer=run.tokenizer,
         eos_token_id=run.config.rollout.end_tokens,
+        **more,
     )
 
 
 def make_engine(run: "Run") -> Engine:
     "The rollout engine that the config asks for, with the run's weights."
     rollout, model = run.config.rollout, run.config.model
+    if rollout.engine == "torch" and rollout.ahead:
+        place = {"folder": rollout.transfer_folder}
+        return torch_engine(run, rollout.fp8, bool(run.routers), EngineProcess, **place)
     if rollout.engine == "torch":
         return torch_engine(run, rollout.fp8, bool(run.routers))
     options: dict[str, Any] = {
@@ -191,9 +204,11 @@ class Run:
         self.evaluations: dict[int, dict[str, Any]] = {}
         self.parity_band: float | None = None  # of the parity probe, measured at the first one
         self._complete_checkpoint: Callable[[bool], bool] | None = None  # of one being written
+        self.ahead = Ahead() if config.rollout.ahead else None  # samples while a step trains
         self._open_folder(checkpoint)
         self.observers: list[Observer] = []  # while the loop runs
         self.engine = make_engine(self)
+        self.engine.version = self.rollout_step  # has the weights of the checkpoint
 
     def _ask(self, question: Callable[[RunConfig, int], Any] | None) -> Any:
         "Rank 0's answer to a question about this run, on all ranks; None where nobody can answer."
@@ -273,6 +288,8 @@ class Run:
             write_atomically(self.folder / "problems.json", problems)
         if checkpoint:
             self._load_state(checkpoint)
+            changed = self.world.gather(changes if self.world.chief else None)[0]
+            self._load_ahead(checkpoint, bool(changed))
         elif self.world.chief:
             write_atomically(self.folder / "metrics.jsonl", "")
         if self.world.chief and changes:
@@ -300,6 +317,14 @@ class Run:
             self.rows = read_rows(self.folder, self.step)
             self.evaluations = read_evaluations(self.folder, self.step)
 
+    def _load_ahead(self, checkpoint: Path, changed: bool) -> None:
+        "The rollout that was sampled ahead; with other settings it is sampled anew."
+        if self.ahead and not changed:
+            n = self.config.batch.prompts_per_rollout
+            rollout = read_ahead(checkpoint, self.world, n)
+            if rollout is not None:
+                self.ahead.restore(self.rollout_step, rollout)
+
     def append(self, row: dict[str, Any]) -> None:
         "A row of metrics, in memory and in metrics.jsonl."
         self.rows.append(append_row(self.folder, row))
@@ -317,6 +342,7 @@ class Run:
             self.folder,
             counters | {"band": self.parity_band},
             self.config.output.keep,
+            self.ahead.wait() if self.ahead else None,
         )
         self.complete_checkpoint()
 
@@ -324,6 +350,12 @@ class Run:
         "Give the checkpoint its name if it is written; with `wait`, wait until it is."
         if self._complete_checkpoint is not None and self._complete_checkpoint(wait):
             self._complete_checkpoint = None
+
+    def close(self) -> None:
+        "End the engine, and whoever waits for it."
+        self.engine.close()
+        if self.ahead:
+            self.ahead.close()
 
     # ------------------------------------------------------------------ what comes next
     def encode(self, problem) -> list[int]:
@@ -364,6 +396,8 @@ class Run:
         length = rollout.length[rows]
         cut = batch.microbatches(length, b.tokens, b.max_padding, packed=b.packed)
         for i in range(self.world.rounds(len(cut))):
+            if self.ahead:
+                self.ahead.check()  # a sampler that has failed ends the run here, not a step later
             at = rows[cut[i]] if i < len(cut) else rows[:0]
             yield at, rollout.select(at) if len(at) else _PADDING
 

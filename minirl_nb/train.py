@@ -103,7 +103,7 @@ _all_ = [
 def sample(run: Run) -> Step:
     "Problems -> engine.generate -> Rollout -> task.verify -> reward, advantage."
     seconds: dict[str, float] = {}
-    rollout, problems = _generate(run, seconds)
+    rollout, problems, sampled_in = _generate(run, seconds)
     with timed(seconds, "verify"):
         texts = [
             run.task.decode(rollout.response(b).tolist(), run.tokenizer)
@@ -121,37 +121,61 @@ def sample(run: Run) -> Step:
         seconds,
         tokens,
         minibatches,
+        sampled_in,
         mu_routes=rollout.routes,
         mu_valid=rollout.routes_valid,
     )
 
 # %% ../nbs/15_train.ipynb #7e8051fd
-def _generate(run: Run, seconds: dict[str, float]) -> tuple[Rollout, list]:
+def _generate(
+    run: Run, seconds: dict[str, float]
+) -> tuple[Rollout, list, float | None]:  # seconds of sampling while another step trained
     "This rank's responses, and the problem of each."
-    config, world = run.config, run.world
-    n, per_engine = config.batch.prompts_per_rollout, config.rollout.ranks_per_engine
-    problems, mine = run.problems(run.rollout_step * n, n), world.share(n, per_engine)
-    sampling = Sampling(
-        config.rollout.responses,
-        config.rollout.temperature,
-        config.rollout.max_new_tokens,
-        seed_of(config.seed, "rollout", run.rollout_step),
-        mine.start * config.rollout.responses,
-    )
-    world.release_gathered(run.model)
-    with timed(seconds, "generate"):
-        run.engine.wake()
-        rollout = run.engine.generate([run.encode(p) for p in problems[mine]], sampling)
-        run.engine.sleep()
+    n, sampled_in = run.config.batch.prompts_per_rollout, None
+    run.world.release_gathered(run.model)
+    if run.ahead:
+        more = run.step + run.config.batch.updates < run.config.steps
+        with timed(seconds, "wait"):
+            rollout, sampled_in = run.ahead.next(
+                run.rollout_step, lambda number: _request(run, number), more
+            )
+    else:
+        with timed(seconds, "generate"):
+            run.engine.wake()
+            rollout = _request(run, run.rollout_step)()
+            run.engine.sleep()
     if run.replay == "R3" and rollout.routes is None:
         raise TrainingError(
             f"objective.replay is R3, but {type(run.engine).__name__} gives no routes"
         )
-    if per_engine > 1:  # the ranks of one engine hold the same responses
-        rows = torch.arange(len(rollout))[world.rank % per_engine :: per_engine]
-        rollout = rollout.select(rows)
-    rollout.group = rollout.group + mine.start
-    return rollout, [problems[g] for g in rollout.group.tolist()]
+    problems = run.problems(run.rollout_step * n, n)
+    return rollout, [problems[g] for g in rollout.group.tolist()], sampled_in
+
+
+def _request(run: Run, number: int) -> Callable[[], Rollout]:
+    "What samples this rank's responses of rollout step `number`, with the engine's weights."
+    config, world = run.config, run.world
+    n, per_engine = config.batch.prompts_per_rollout, config.rollout.ranks_per_engine
+    problems, mine = run.problems(number * n, n), world.share(n, per_engine)
+    sampling = Sampling(
+        config.rollout.responses,
+        config.rollout.temperature,
+        config.rollout.max_new_tokens,
+        seed_of(config.seed, "rollout", number),
+        mine.start * config.rollout.responses,
+    )
+    prompts = [run.encode(p) for p in problems[mine]]
+
+    def respond() -> Rollout:
+        rollout = run.engine.generate(prompts, sampling)
+        if per_engine > 1:  # the ranks of one engine hold the same responses
+            rows = torch.arange(len(rollout))[world.rank % per_engine :: per_engine]
+            rollout = rollout.select(rows)
+        rollout.group = rollout.group + mine.start
+        return rollout
+
+    return respond
+
 
 # %% ../nbs/15_train.ipynb #3e164fdc
 def _share_out(run: Run, rollout: Rollout) -> tuple[Rollout, Tensor, list[Tensor]]:
@@ -347,7 +371,11 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 # %% ../nbs/15_train.ipynb #dca0e786
 def transfer(run: Run, seconds: dict[str, float]) -> Parity | None:
-    "Load the trainer's weights into the engine, then probe parity."
+    """Load the trainer's weights into the engine, then probe parity. Engine and trainer are of one
+    version here: what is sampled ahead has ended before, or begins later."""
+    if run.ahead:
+        with timed(seconds, "wait"):
+            run.ahead.wait()
     with timed(seconds, "transfer"):
         run.engine.load(run.world.weights(run.model), run.rollout_step)
     with timed(seconds, "parity"):
@@ -383,8 +411,8 @@ def train(
     does not hold the trainer's weights; `TrainingError` where a number is not finite."""
     with launched(config) as world:
         run = Run(config, world, refuse, whole)
-        # whatever happens, the other ranks hear of it, and the engine gives back what it holds
-        with contextlib.closing(run.engine), _observing(run), world.announcing_errors():
+        # whatever happens, the other ranks hear of it, and the engine gives back what it has
+        with contextlib.closing(run), _observing(run), world.announcing_errors():
             if run.step == 0:
                 probe(run)
                 evaluate_run(run)

@@ -395,8 +395,11 @@ class ServedEngine(VLLMBase):
         self._together(error)
 
     def close(self) -> None:
-        "Nothing is given back: the servers go on, with the weights they have. The engine is done."
+        """Nothing is given back: the servers go on, with the weights they have. The engine is done,
+        and so are requests that are under way."""
         self._broken = self._broken or "it was closed"
+        for s in self.servers:
+            s.hang_up()
 
 
 def from_json(choice: dict) -> Response:
