@@ -78,7 +78,9 @@ def _nameless_file(folder: str | Path, size: int) -> Any:
     "A file that no folder lists. OSError where there is no room for it."
     file = tempfile.TemporaryFile(dir=folder)
     try:
-        os.posix_fallocate(file.fileno(), 0, size)
+        # takes the room now, where the system can: a page that is missing later would be a crash
+        take = getattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))
+        take(file.fileno(), 0, size)
     except BaseException:
         file.close()
         raise

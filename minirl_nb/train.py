@@ -376,6 +376,7 @@ def transfer(run: Run, seconds: dict[str, float]) -> Parity | None:
     if run.ahead:
         with timed(seconds, "wait"):
             run.ahead.wait()
+            run.world.gather(None)  # ranks may share servers: nobody's requests are under way
     with timed(seconds, "transfer"):
         run.engine.load(run.world.weights(run.model), run.rollout_step)
     with timed(seconds, "parity"):

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_qwen3_moe
-from small_runs import metrics, small
+from small_runs import free_port, metrics, small
 
 from minirl_nb import run, train
 from minirl_nb.ahead import Ahead, EngineProcess, SamplerError
-from minirl_nb.batch import load
-from minirl_nb.checkpoint import checkpoints
+from minirl_nb.batch import load, save
+from minirl_nb.checkpoint import checkpoints, read_ahead
 from minirl_nb.checks import changes_of
 from minirl_nb.config import config_yaml, load_config
 from minirl_nb.parity import ParityError, compare_weights
@@ -26,6 +26,7 @@ from minirl_nb.plan import _step_seconds
 from minirl_nb.rollout import Sampling, TorchEngine
 from minirl_nb.vllm.served import ServedEngine
 from minirl_nb.vllm.server import Server
+from minirl_nb.world import World
 
 PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
 SAMPLING = Sampling(n=3, max_new_tokens=12, seed=5)
@@ -237,6 +238,58 @@ def test_the_end_of_the_sampler_ends_the_run_in_its_step(fault, tmp_path, coldst
     assert done == [1, 2]  # the first update behind it did not end
     assert not children() and set(os.listdir("/dev/shm")) <= rooms
     assert not [t for t in threading.enumerate() if t.name.startswith("minirl-ahead")]
+
+
+# --------------------------------------------------------------------------------- several ranks
+def world_of(rank, size):
+    world = World()
+    world.rank, world.size = rank, size
+    return world
+
+
+@pytest.mark.parametrize("writers, readers", [(1, 1), (2, 1), (1, 2), (2, 3), (3, 5)])
+def test_a_rollout_in_a_checkpoint_is_divided_anew(writers, readers, tmp_path):
+    prompts = 4
+    everything = TorchEngine(tiny_qwen3_moe(), routes=True).generate(
+        [[3, 4 + g] for g in range(prompts)], SAMPLING
+    )
+
+    def part(rank, size):
+        mine = world_of(rank, size).share(prompts)
+        own = (everything.group >= mine.start) & (everything.group < mine.stop)
+        return everything.select(own.nonzero()[:, 0])
+
+    for rank in range(writers):
+        save(part(rank, writers), tmp_path / f"ahead_{rank:05d}")
+    for rank in range(readers):
+        assert_equal(read_ahead(tmp_path, world_of(rank, readers), prompts), part(rank, readers))
+    assert read_ahead(tmp_path / "none", World(), prompts) is None
+
+
+def test_each_rank_has_its_own_sampler(off, tmp_path, coldstart):
+    """Two replicas against one process. The first two rollout steps have the weights of the start,
+    so they have the same tokens. (Later ones need not: rounded weights jump, and sums over ranks
+    are taken in another order.)"""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(config_yaml(one_ahead(tmp_path / "run", coldstart, steps=4)))
+    code = f"from minirl_nb.cli import main; raise SystemExit(main(['train', {str(recipe)!r}]))"
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | place | {k: str(v) for k, v in of_rank.items()},
+            stdout=subprocess.DEVNULL,
+        )
+        for of_rank in (
+            {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2} for r in (0, 1)
+        )
+    ]
+    assert [p.wait(300) for p in ranks] == [0, 0]
+    rows = [r for r in metrics(tmp_path / "run") if r["kind"] == "step"]
+    alone = [r for r in metrics(off.folder) if r["kind"] == "step"]
+    assert [r["lag"] for r in rows] == [0, 0, 1, 1]
+    for name in ("reward", "response_length", "version"):
+        assert [r[name] for r in rows] == [r[name] for r in alone[:4]], name
 
 
 # -------------------------------------------------------------------------------------- settings

@@ -9,6 +9,8 @@ from minirl_nb.weights import ratio_stats
 
 WRITTEN_ELSEWHERE = {
     "parity/floor",  # engines whose model can be read
+    "version",  # runs one step off
+    "lag",
 }
 
 
