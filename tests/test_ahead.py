@@ -210,7 +210,8 @@ def test_a_stale_tensor_of_the_sampler_is_named(tmp_path, coldstart, monkeypatch
 
 @pytest.mark.parametrize("fault", ["killed", "not finite"])
 def test_the_end_of_the_sampler_ends_the_run_in_its_step(fault, tmp_path, coldstart, monkeypatch):
-    done, rooms = [], set(os.listdir("/dev/shm"))
+    done, place = [], tmp_path / "weights"
+    place.mkdir()
 
     def hurt(state):
         if state.step == 2 and fault == "killed":
@@ -233,10 +234,11 @@ def test_the_end_of_the_sampler_ends_the_run_in_its_step(fault, tmp_path, coldst
         "not finite": (FloatingPointError, "log-probability"),
     }[fault]
     with pytest.raises(error, match=said) as found:
-        train.train(one_ahead(tmp_path / "run", coldstart), on_step=hurt)
+        config = one_ahead(tmp_path / "run", coldstart, **{"rollout.transfer_folder": str(place)})
+        train.train(config, on_step=hurt)
     assert "\n" not in str(found.value)
     assert done == [1, 2]  # the first update behind it did not end
-    assert not children() and set(os.listdir("/dev/shm")) <= rooms
+    assert not children() and not list(place.iterdir())
     assert not [t for t in threading.enumerate() if t.name.startswith("minirl-ahead")]
 
 
