@@ -19,11 +19,10 @@ the two phases.
 __all__ = ['Place', 'end_with_parent', 'serve', 'SamplerError', 'EngineProcess', 'Ahead']
 
 # %% ../nbs/10c_ahead.ipynb #2551b8c6
-import io
+import json
 import math
 import mmap
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -31,12 +30,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, fields
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from . import fp8 as fp8_module
@@ -47,30 +50,31 @@ from .rollout import TorchEngine
 # %% ../nbs/10c_ahead.ipynb #31d25c2b
 _ALIGNED = 64  # bytes, as torch places its tensors: kernels take the same way, and round alike
 
-Place = tuple[int, tuple[int, ...], torch.dtype]  # where a tensor begins, its shape and its type
+Place = tuple[int, Sequence[int], str]  # where a tensor begins, its shape and its type
 
 
-def _own_tensors(model: nn.Module) -> list[Tensor]:
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     "Parameters and buffers, each once."
-    return [*model.parameters(), *model.buffers()]
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _places(tensors: Sequence[Tensor]) -> tuple[list[Place], int]:
+def _places(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Place], int]:
     "Where each tensor lies in one block of memory, and the bytes of the block."
-    places, end = [], 0
-    for x in tensors:
-        places.append((end, tuple(x.shape), x.dtype))
+    places, end = {}, 0
+    for name, x in tensors.items():
+        places[name] = end, list(x.shape), str(x.dtype).removeprefix("torch.")
         end += -(-x.numel() * x.element_size() // _ALIGNED) * _ALIGNED
     return places, max(end, _ALIGNED)
 
 
-def _views(file: int, places: Sequence[Place], size: int) -> list[Tensor]:
+def _views(file: int, places: Mapping[str, Place], size: int) -> dict[str, Tensor]:
     "The tensors of a block of memory, which other processes may see too."
     block = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
-    found = []
-    for start, shape, dtype in places:
+    found = {}
+    for name, (start, shape, kind) in places.items():
+        dtype = getattr(torch, kind)
         numbers = block[start : start + math.prod(shape) * dtype.itemsize]
-        found.append(numbers.view(dtype).view(shape))
+        found[name] = numbers.view(dtype).view(shape)
     return found
 
 
@@ -87,39 +91,46 @@ def _nameless_file(folder: str | Path, size: int) -> Any:
     return file
 
 # %% ../nbs/10c_ahead.ipynb #242b389b
-class _Writer(pickle.Pickler):
-    "Writes a model; its parameters and buffers become numbers."
-
-    def __init__(self, file: io.BytesIO, model: nn.Module):
-        super().__init__(file)
-        self.numbers = {id(x): i for i, x in enumerate(_own_tensors(model))}
-
-    def persistent_id(self, x: Any) -> int | None:
-        return self.numbers.get(id(x))
-
-
-class _Reader(pickle.Unpickler):
-    "Reads what `_Writer` wrote, with these tensors in the places of the numbers."
-
-    def __init__(self, data: bytes, tensors: Sequence[Tensor], parameters: int):
-        super().__init__(io.BytesIO(data))
-        frozen = [nn.Parameter(x, requires_grad=False) for x in tensors[:parameters]]
-        self.tensors = [*frozen, *tensors[parameters:]]
-
-    def persistent_load(self, number: int) -> Tensor:
-        return self.tensors[number]
+def _described(model: nn.Module) -> dict[str, Any]:
+    "What `_built` needs."
+    config = model.config
+    return {
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "attention": config._attn_implementation,
+        "experts": getattr(config, "_experts_implementation", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
-def _written(model: nn.Module) -> bytes:
-    "The model as `_Reader` reads it. TypeError where it cannot be sent."
-    file = io.BytesIO()
-    try:
-        _Writer(file, model).dump(model)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise TypeError(
-            f"{type(model).__name__} cannot be sent to another process: {error}"
-        ) from error
-    return file.getvalue()
+def _built(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    "The model with these tensors in its places. ValueError where it has others."
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**described["config"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, described["dtype"]),
+            attn_implementation=described["attention"],
+        )
+    model = model.to_empty(device="cpu").eval()
+    model.tie_weights()
+    if described["experts"]:
+        model.set_experts_implementation(described["experts"])
+    own = _own_tensors(model)
+    if other := own.keys() ^ tensors.keys():
+        raise ValueError(
+            f"the model cannot be built again from its config, which {type(model).__name__} is "
+            f"made of: {min(other)} stands in one of them only"
+        )
+    _put(own, tensors)
+    return model
+
+
+def _put(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    "Let a model's tensors be these ones."
+    for name, x in own.items():
+        x.data = tensors[name]
 
 # %% ../nbs/10c_ahead.ipynb #9ef9fc59
 def end_with_parent(parent: int) -> None:
@@ -140,34 +151,30 @@ class _Sampler:
         self.memory = memory
         self.engine: TorchEngine
 
-    def start(
-        self, model: bytes, places, size: int, parameters: int, threads: int, options
-    ) -> None:
+    def start(self, model, places, size: int, threads: int, options) -> bytes:
         torch.set_num_threads(threads)
         tensors = _views(self.memory, places, size)
-        self.engine = TorchEngine(_Reader(model, tensors, parameters).load(), **options)
+        self.engine = TorchEngine(_built(model, tensors), **options)
         # the engine has rounded a copy; the trainer's is rounded already, and will be again
-        for own, shared in zip(_own_tensors(self.engine.model), tensors):
-            own.data = shared
+        _put(_own_tensors(self.engine.model), tensors)
+        return b""
 
-    def generate(self, prompts, sampling: Sampling, version: int, paused: bool) -> Rollout:
-        self.engine.version = version
-        if not paused:
-            return self.engine.generate(prompts, sampling)
-        with fp8_module.paused(self.engine.model):
-            return self.engine.generate(prompts, sampling)
+    def generate(self, prompts, sampling, paused: bool) -> bytes:
+        "The tensors of a rollout."
+        pausing = fp8_module.paused(self.engine.model) if paused else nullcontext()
+        with pausing:
+            rollout = self.engine.generate(prompts, Sampling(**sampling))
+        values = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+        return save_bytes({k: x.contiguous() for k, x in values.items() if isinstance(x, Tensor)})
 
 
-def _answer(do: Callable[..., Any], arguments: tuple) -> bytes:
-    "What a call returned, or its error, to be sent."
+def _answered(sampler: _Sampler, request: bytes) -> tuple[dict[str, str], bytes]:
+    "The error of a request (its type and its words) if it has one, and what it gave."
+    asked = json.loads(request)
     try:
-        return pickle.dumps((True, do(*arguments)))
+        return {}, getattr(sampler, asked.pop("do"))(**asked)
     except Exception as error:
-        try:
-            pickle.loads(said := pickle.dumps((False, error)))
-            return said
-        except Exception:  # an error that cannot be sent is told
-            return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
+        return {"type": type(error).__name__, "said": str(error)}, b""
 
 
 def serve(line: int, memory: int, parent: int) -> None:
@@ -177,14 +184,19 @@ def serve(line: int, memory: int, parent: int) -> None:
     connection, sampler = Connection(line), _Sampler(memory)
     while True:
         try:
-            name, arguments = pickle.loads(connection.recv_bytes())
-            connection.send_bytes(_answer(getattr(sampler, name), arguments))
+            error, found = _answered(sampler, connection.recv_bytes())
+            connection.send_bytes(json.dumps(error).encode())
+            connection.send_bytes(found)
         except (EOFError, OSError):
             return
 
 # %% ../nbs/10c_ahead.ipynb #8d67b212
 class SamplerError(RuntimeError):
-    "The process that samples has ended."
+    "The process that samples has ended, or has an error that no engine here would have."
+
+
+# errors that `TorchEngine` has, which are raised here as they were there
+_ERRORS = {e.__name__: e for e in (ValueError, TypeError, FloatingPointError, NotImplementedError)}
 
 
 def _started(line: Connection, memory: int) -> subprocess.Popen:
@@ -206,8 +218,8 @@ class EngineProcess:
     model, fp8, routes, max_batch, tokenizer, eos_token_id: as for `TorchEngine`.
     folder: in memory; the weights lie there in a file without a name.
 
-    ValueError for a model on an accelerator, or where the folder has no room; TypeError for a model
-    that cannot be sent; SamplerError when the process has ended."""
+    ValueError for a model on an accelerator, for one that its config does not describe, or where
+    the folder has no room; SamplerError when the process has ended."""
 
     def __init__(
         self,
@@ -231,9 +243,9 @@ class EngineProcess:
         # nobody samples while weights change
         self._lock, self._closed = threading.Lock(), False
         options |= {"eos_token_id": self._engine.eos.tolist(), "pad_token_id": self._engine.pad}
-        self._start(_written(model), Path(folder), options)
+        self._start(_described(model), Path(folder), options)
 
-    def _start(self, model: bytes, folder: Path, options: dict[str, Any]) -> None:
+    def _start(self, model: dict[str, Any], folder: Path, options: dict[str, Any]) -> None:
         "Move the weights into shared memory and start the process on them."
         own = _own_tensors(self._engine.model)
         places, size = _places(own)
@@ -245,16 +257,18 @@ class EngineProcess:
                 f"{size / 1e9:.2g} GB ({error.strerror})"
             ) from error
         with file:
-            for x, shared in zip(own, _views(file.fileno(), places, size)):
-                shared.copy_(x)
-                x.data = shared
+            shared = _views(file.fileno(), places, size)
+            for name, x in own.items():
+                shared[name].copy_(x)
+            _put(own, shared)
             self._line, end = Pipe()
             with end:
                 self._process = _started(end, file.fileno())
-        parameters = len(list(self._engine.model.parameters()))
         try:
             threads = torch.get_num_threads()
-            self._ask("start", model, places, size, parameters, threads, options)
+            self._ask(
+                "start", model=model, places=places, size=size, threads=threads, options=options
+            )
         except BaseException:
             self.close()
             raise
@@ -272,16 +286,18 @@ class EngineProcess:
     def version(self, version: int) -> None:
         self._engine.version = version
 
-    def _ask(self, name: str, *arguments: Any) -> Any:
+    def _ask(self, do: str, **arguments: Any) -> bytes:
         "What the process answers. Its own error, or SamplerError when it is gone."
         try:
-            self._line.send_bytes(pickle.dumps((name, arguments)))
-            good, said = pickle.loads(self._line.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise SamplerError(f"the process that samples {self._how_it_ended()}") from error
-        if not good:
-            raise said
-        return said
+            self._line.send_bytes(json.dumps({"do": do} | arguments).encode())
+            error, found = json.loads(self._line.recv_bytes()), self._line.recv_bytes()
+        except (EOFError, OSError) as lost:
+            raise SamplerError(f"the process that samples {self._how_it_ended()}") from lost
+        if not error:
+            return found
+        if known := _ERRORS.get(error["type"]):
+            raise known(error["said"])
+        raise SamplerError(f"the process that samples: {error['type']}: {error['said']}")
 
     def _how_it_ended(self) -> str:
         if self._closed:
@@ -298,7 +314,8 @@ class EngineProcess:
         asked = [[int(t) for t in p] for p in prompts]
         with self._lock:
             paused = fp8_module.is_paused(self.model)
-            return self._ask("generate", asked, sampling, self.version, paused)
+            found = self._ask("generate", prompts=asked, sampling=asdict(sampling), paused=paused)
+        return Rollout(**load_bytes(found), policy_version=self.version)
 
     def score(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
         "As `TorchEngine.score`, in this process, with the weights that the other one uses."

@@ -172,8 +172,8 @@ class RolloutConfig:
             )
         if self.ahead and self.engine == "vllm" and not self.servers:
             raise ValueError(
-                "rollout.ahead is 1, but vLLM inside the trainer's processes takes turns with it on "
-                "the same devices; let servers sample (rollout.servers), or set it to 0"
+                "rollout.ahead is 1, but vLLM inside the trainer's processes takes turns with it "
+                "on the same devices; let servers sample (rollout.servers), or set it to 0"
             )
 
     @property

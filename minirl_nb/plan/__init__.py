@@ -237,8 +237,8 @@ def _evaluation_hours(case: Case, engine: Engine, capacity: float) -> float:
 
 
 def _step_seconds(case: Case, phases: list[Phase]) -> float:
-    """Seconds of a rollout step: the sum of its phases, or, one step off, the longer of sampling and
-    training, and the transfer."""
+    """Seconds of a rollout step: the sum of its phases, or, one step off, the longer of sampling
+    and training, and the transfer."""
     if not case.config.rollout.ahead:
         return sum(phase.time for phase in phases)
     taken = {phase.name: phase.time for phase in phases}
