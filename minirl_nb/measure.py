@@ -86,7 +86,8 @@ def token_samples(
 ) -> list[dict[str, Any]]:
     """Some of this rank's responses of the first mini-batch, token by token.
 
-    prompt: text. reward: a number. tokens: their texts, `longest` at most. log_ratio:
+    prompt: text. reward: a number. version: of the weights that sampled it. tokens: their texts,
+        `longest` at most. log_ratio:
         log(pi_old/mu) of each in nats; None with two policies, which measure none. flips: layers in
         which the choice for this token differs between mu and pi_old, where that is known; None
         without routers. layers: how many there are."""
@@ -107,6 +108,7 @@ def token_samples(
             {
                 "prompt": decode(r.tokens[b, :start].tolist()),
                 "reward": float(r.reward[b]),
+                "version": r.policy_version,
                 "tokens": [decode([t]) for t in r.tokens[b, at].tolist()],
                 "log_ratio": None
                 if run.config.objective.pi_old == "rollout"
@@ -121,6 +123,7 @@ def token_samples(
 def log(run: Run, step: Step, rows: list[dict[str, Any]], found: Parity | None) -> None:
     "One line of metrics.jsonl for each gradient step of a rollout step."
     n, r, seconds = len(rows), step.rollout, _seconds_by_phase(step)
+    version = _version(run, r)
     given = run.world.gather_to_chief((step.tokens, peak_memory()))
     for i, row in enumerate(rows):
         at = step.minibatches[i]
@@ -148,6 +151,7 @@ def log(run: Run, step: Step, rows: list[dict[str, Any]], found: Parity | None) 
                 "equal_groups": float(equal_groups(reward, group).double().mean()),
                 **step.resampled,
                 **row,
+                **version,
                 **(found.stats() if found else {}),
                 **{f"seconds/{k}": v for k, v in seconds.items()},
                 "seconds/step": sum(step.seconds.values()) / n,
@@ -161,7 +165,17 @@ def _seconds_by_phase(step: Step) -> dict[str, float]:
     "Seconds of each phase, all updates as one."
     seconds = {k: v for k, v in step.seconds.items() if not k.startswith("update")}
     seconds["update"] = sum(step.seconds.values()) - sum(seconds.values())
+    if step.sampled_in is not None:
+        seconds["generate"] = step.sampled_in  # no time of this process
     return seconds
+
+
+def _version(run: Run, rollout: Rollout) -> dict[str, int]:
+    "Which weights sampled, and how many rollout steps before those that learn from it."
+    if not run.ahead:
+        return {}
+    version = rollout.policy_version
+    return {"version": version, "lag": run.rollout_step - 1 - version}
 
 
 def _rates(tokens: list[dict[str, int]], seconds: dict[str, float]) -> dict[str, float]:

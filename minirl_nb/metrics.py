@@ -355,6 +355,20 @@ _PLACE = (
     Metric("step", "gradient step", "", "Number of the gradient step, from 1.", "15_train"),
     Metric("rollout_step", "rollout step", "", "Number of the rollout step, from 1.", "15_train"),
     Metric("mini_batch", "mini-batch", "", "Place in its rollout step, from 0.", "15_train"),
+    Metric(
+        "version",
+        "version of the sampling weights",
+        "rollout steps",
+        "Rollout steps that the weights had behind them which sampled the responses.",
+        "15g_ahead",
+    ),
+    Metric(
+        "lag",
+        "age of the responses",
+        "rollout steps",
+        "Rollout steps between the weights that sampled and those that the step begins with.",
+        "15g_ahead",
+    ),
 )
 _OTHERS_SECONDS = {  # verl's names for phases of ours
     "seconds/generate": "timing_s/gen",

@@ -31,8 +31,14 @@ import torch
 from torch import Tensor
 
 from . import batch, routing, tasks
+from .ahead import Ahead, EngineProcess
 from .batch import Ragged, Rollout
-from .checkpoint import begin_checkpoint, newest_checkpoint, write_atomically
+from minirl_nb.checkpoint import (
+    begin_checkpoint,
+    newest_checkpoint,
+    read_ahead,
+    write_atomically,
+)
 from .checks import changes_of, check, objective_of, replay_of
 from .config import RunConfig, config_yaml
 from .packed import pack_attention
@@ -100,6 +106,7 @@ class Step:
     further: int = 0  # prompts that were sampled beyond those of the batch
     resampled: dict[str, float] = field(default_factory=dict)
     """Metrics of all that was sampled, where `batch.resample` chooses among it."""
+    sampled_in: float | None = None  # seconds that the sampling took while another step trained
     mu_routes: Ragged | None = None  # as the engine gave them: [L, K] for each real token
     mu_valid: Tensor | None = None  # [B, T]
     logp_old: Tensor | None = None  # [B, T]
@@ -120,21 +127,27 @@ _PADDING = Rollout(
 )
 
 # %% ../nbs/14g_run.ipynb #28eea5cc
-def torch_engine(run: "Run", fp8: str, routes: bool) -> TorchEngine:
+def torch_engine(
+    run: "Run", fp8: str, routes: bool, kind: Callable[..., Any] = TorchEngine, **more: Any
+) -> Any:
     "The model itself as a rollout engine, with emulated low precision."
-    return TorchEngine(
+    return kind(
         run.world.replica(run.model),
         fp8=fp8,
         routes=routes,
         max_batch=run.config.rollout.max_batch,
         tokenizer=run.tokenizer,
         eos_token_id=run.config.rollout.end_tokens,
+        **more,
     )
 
 
 def make_engine(run: "Run") -> Engine:
     "The rollout engine that the config asks for, with the run's weights."
     rollout, model = run.config.rollout, run.config.model
+    if rollout.engine == "torch" and rollout.ahead:
+        place = {"folder": rollout.transfer_folder}
+        return torch_engine(run, rollout.fp8, bool(run.routers), EngineProcess, **place)
     if rollout.engine == "torch":
         return torch_engine(run, rollout.fp8, bool(run.routers))
     options: dict[str, Any] = {
@@ -241,6 +254,7 @@ class _Computing:
     routers: dict[str, Router]  # its own, by name; empty for a dense model
     replay: str  # "none", "R2" or "R3"
     device: torch.device  # computed on; offloaded parameters are elsewhere
+    ahead: Ahead | None  # samples while a step trains
     _balance_length: float  # tokens
 
     def cost(self, length: Tensor) -> Tensor:
@@ -256,7 +270,11 @@ class _Computing:
         b = self.config.batch
         length = rollout.length[rows]
         cut = batch.microbatches(length, b.tokens, b.max_padding, packed=b.packed)
+        if self.ahead:
+            self.ahead.check()  # a sampler that has failed ends the run here, not a step later
         for i in range(self.world.rounds(len(cut))):
+            if self.ahead:
+                self.ahead.check()
             at = rows[cut[i]] if i < len(cut) else rows[:0]
             yield at, rollout.select(at) if len(at) else _PADDING
 
@@ -311,6 +329,8 @@ def _open_folder(run: "Run", checkpoint: Path | None) -> None:
         write_atomically(run.folder / "problems.json", problems)
     if checkpoint:
         _load_state(run, checkpoint)
+        changed = run.world.gather(changes if run.world.chief else None)[0]
+        _load_ahead(run, checkpoint, bool(changed))
     elif run.world.chief:
         write_atomically(run.folder / "metrics.jsonl", "")
     if run.world.chief and changes:
@@ -342,6 +362,14 @@ def _load_state(run: "Run", checkpoint: Path) -> None:
         run.rows = read_rows(run.folder, run.step)
         run.evaluations = read_evaluations(run.folder, run.step)
 
+
+def _load_ahead(run: "Run", checkpoint: Path, changed: bool) -> None:
+    "The rollout that was sampled ahead; with other settings it is sampled anew."
+    if run.ahead and not changed:
+        rollout = read_ahead(checkpoint, run.world, run.config.batch.prompts_per_rollout)
+        if rollout is not None:
+            run.ahead.restore(run.rollout_step, rollout)
+
 # %% ../nbs/14g_run.ipynb #e47b1f65
 class _Records(_Computing):
     "The part of `Run` that counts steps and writes them down: rows of metrics and checkpoints."
@@ -372,6 +400,7 @@ class _Records(_Computing):
             self.folder,
             counters | {"band": self.parity_band},
             self.config.output.keep,
+            self.ahead.wait() if self.ahead else None,
         )
         self.complete_checkpoint()
 
@@ -401,9 +430,9 @@ class _Progress(_Records):
         "The tokens of a problem's prompt."
         return self.task.encode(problem, self.tokenizer)
 
-    def next_problems(self, first: int, n: int) -> list:
-        "Of this rollout step's part of the stream, the problems number first .. first + n."
-        start = self.rollout_step * self.config.batch.prompts_per_rollout + self.further
+    def next_problems(self, first: int, n: int, rollout_step: int) -> list:
+        "Of a rollout step's part of the stream, the problems number first .. first + n."
+        start = rollout_step * self.config.batch.prompts_per_rollout + self.further
         return self.problems(start + first, n)
 
     def problems(self, start: int, n: int) -> list:
@@ -469,11 +498,19 @@ class Run(_Progress):
         self.evaluations: dict[int, dict[str, Any]] = {}
         self.parity_band = None
         self._complete_checkpoint = None
+        self.ahead = Ahead() if config.rollout.ahead else None
         _open_folder(self, checkpoint)
         self.observers: list[Observer] = []  # while the loop runs
         self.engine = make_engine(self)
+        self.engine.version = self.rollout_step  # has the weights of the checkpoint
 
     def _ask(self, question: Callable[[RunConfig, int], Any] | None) -> Any:
         "Rank 0's answer to a question about this run, on all ranks; None where nobody can answer."
         asked = question is not None and self.world.chief
         return self.world.gather(question(self.config, self.world.size) if asked else None)[0]
+
+    def close(self) -> None:
+        "End the engine, and whoever waits for it."
+        self.engine.close()
+        if self.ahead:
+            self.ahead.close()

@@ -105,19 +105,12 @@ def sample(run: Run) -> Step:
     "Problems -> engine.generate -> Rollout -> task.verify -> reward, advantage."
     seconds: dict[str, float] = {}
     tokens = {"generate": 0}
-    n, bound = run.config.batch.prompts_per_rollout, run.config.batch.resample
-
-    def draw(first: int, count: int) -> Drawn:
-        return _draw(run, first, count, seconds, tokens)
-
     run.world.release_gathered(run.model)
-    with timed(seconds, "generate"):
-        run.engine.wake()
-    drawn, further, metrics = draw(0, n), 0, {}
-    if bound:
-        drawn, further, metrics = resample(drawn, draw, n, bound, run.world.gather)
-    with timed(seconds, "generate"):
-        run.engine.sleep()
+    further, metrics, sampled_in = 0, {}, None
+    if run.ahead:
+        drawn, sampled_in = _taken(run, seconds, tokens)
+    else:
+        drawn, further, metrics = _in_turn(run, seconds, tokens)
     with timed(seconds, "exchange"):
         rollout, advantage, minibatches = _share_out(run, drawn.rollout)
     return Step(
@@ -129,35 +122,91 @@ def sample(run: Run) -> Step:
         minibatches,
         further,
         metrics,
+        sampled_in,
         mu_routes=rollout.routes,
         mu_valid=rollout.routes_valid,
     )
 
 # %% ../nbs/15_train.ipynb #7e8051fd
-def _draw(run: Run, first: int, n: int, seconds: dict[str, float], tokens: dict[str, int]) -> Drawn:
-    "This rank's responses to n problems of the rollout step, from its number `first`, verified."
+def _in_turn(
+    run: Run, seconds: dict[str, float], tokens: dict[str, int]
+) -> tuple[Drawn, int, dict[str, float]]:
+    "Sample while nothing trains: what `resample` gives, or the first prompts as they are."
+    n, bound = run.config.batch.prompts_per_rollout, run.config.batch.resample
+
+    def draw(first: int, count: int) -> Drawn:
+        problems = run.next_problems(first, count, run.rollout_step)
+        with timed(seconds, "generate"):
+            rollout = _request(run, run.rollout_step, first, problems)()
+        return _verified(run, rollout, first, problems, seconds, tokens)
+
+    with timed(seconds, "generate"):
+        run.engine.wake()
+    drawn, further, metrics = draw(0, n), 0, {}
+    if bound:
+        drawn, further, metrics = resample(drawn, draw, n, bound, run.world.gather)
+    with timed(seconds, "generate"):
+        run.engine.sleep()
+    return drawn, further, metrics
+
+
+def _taken(
+    run: Run, seconds: dict[str, float], tokens: dict[str, int]
+) -> tuple[Drawn, float | None]:  # and the seconds of sampling while another step trained
+    "What was sampled ahead. The next rollout begins, where a step will want it."
+    n = run.config.batch.prompts_per_rollout
+
+    def request(number: int) -> Callable[[], Rollout]:
+        return _request(run, number, 0, run.next_problems(0, n, number))
+
+    more = run.step + run.config.batch.updates < run.config.steps
+    with timed(seconds, "wait"):
+        rollout, sampled_in = run.ahead.next(run.rollout_step, request, more)
+    problems = run.next_problems(0, n, run.rollout_step)
+    return _verified(run, rollout, 0, problems, seconds, tokens), sampled_in
+
+# %% ../nbs/15_train.ipynb #5d1c7a92
+def _request(run: Run, number: int, first: int, problems: list) -> Callable[[], Rollout]:
+    """What samples this rank's responses to problems of rollout step `number`, from the step's
+    problem `first`, with the weights that the engine has when it is called."""
     config, world = run.config, run.world
     per_engine = config.rollout.ranks_per_engine
-    problems, mine = run.next_problems(first, n), world.share(n, per_engine)
+    mine = world.share(len(problems), per_engine)
     sampling = Sampling(
         config.rollout.responses,
         config.rollout.temperature,
         config.rollout.max_new_tokens,
-        seed_of(config.seed, "rollout", run.rollout_step),
+        seed_of(config.seed, "rollout", number),
         (first + mine.start) * config.rollout.responses,
     )
-    with timed(seconds, "generate"):
-        rollout = run.engine.generate([run.encode(p) for p in problems[mine]], sampling)
+    prompts = [run.encode(p) for p in problems[mine]]
+
+    def respond() -> Rollout:
+        rollout = run.engine.generate(prompts, sampling)
+        if per_engine > 1:  # the ranks of one engine hold the same responses
+            rows = torch.arange(len(rollout))[world.rank % per_engine :: per_engine]
+            rollout = rollout.select(rows)
+        rollout.group = rollout.group + first + mine.start
+        return rollout
+
+    return respond
+
+
+def _verified(
+    run: Run,
+    rollout: Rollout,
+    first: int,
+    problems: list,
+    seconds: dict[str, float],
+    tokens: dict[str, int],
+) -> Drawn:
+    "Responses to problems of this rollout step, from its number `first`, with their rewards."
     if run.replay == "R3" and rollout.routes is None:
         raise TrainingError(
             f"objective.replay is R3, but {type(run.engine).__name__} gives no routes"
         )
-    if per_engine > 1:  # the ranks of one engine hold the same responses
-        rows = torch.arange(len(rollout))[world.rank % per_engine :: per_engine]
-        rollout = rollout.select(rows)
     tokens["generate"] += int(rollout.response_length.sum())
-    of_row = [problems[mine.start + g] for g in rollout.group.tolist()]
-    rollout.group = rollout.group + first + mine.start
+    of_row = [problems[g - first] for g in rollout.group.tolist()]
     with timed(seconds, "verify"):
         texts = [
             run.task.decode(rollout.response(b).tolist(), run.tokenizer)
@@ -360,7 +409,12 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 # %% ../nbs/15_train.ipynb #dca0e786
 def transfer(run: Run, seconds: dict[str, float]) -> Parity | None:
-    "Load the trainer's weights into the engine, then probe parity."
+    """Load the trainer's weights into the engine, then probe parity. Engine and trainer are of one
+    version here: what is sampled ahead has ended before, or begins later."""
+    if run.ahead:
+        with timed(seconds, "wait"):
+            run.ahead.wait()
+            run.world.gather(None)  # ranks may share servers: nobody's requests are under way
     with timed(seconds, "transfer"):
         run.engine.load(run.world.weights(run.model), run.rollout_step)
     with timed(seconds, "parity"):
@@ -396,8 +450,8 @@ def train(
     does not hold the trainer's weights; `TrainingError` where a number is not finite."""
     with launched(config) as world:
         run = Run(config, world, refuse, whole)
-        # whatever happens, the other ranks hear of it, and the engine gives back what it holds
-        with contextlib.closing(run.engine), _observing(run), world.announcing_errors():
+        # whatever happens, the other ranks hear of it, and the engine gives back what it has
+        with contextlib.closing(run), _observing(run), world.announcing_errors():
             if run.step == 0:
                 probe(run)
                 evaluate_run(run)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from minirl_nb.config import RunConfig, config_yaml
+from minirl_nb.config import RunConfig, config_yaml, load_config
 from minirl_nb.parsing import flatten, parse_config
 from minirl_nb.results import effects, outcomes, questions, results
 from minirl_nb.study import (
@@ -62,8 +62,9 @@ def test_code_and_config_tell_runs_apart(tmp_path):
         replace(run, code="other"),
         replace(run, config=replace(run.config, seed=1)),
         replace(run, config=replace(run.config, steps=7)),
+        replace(run, config=load_config(None, {"rollout.ahead": 1})),
     ]
-    assert len({r.folder(tmp_path) for r in [run, *others]}) == 4
+    assert len({r.folder(tmp_path) for r in [run, *others]}) == 5
     assert len(code_hash()) == 64 and code_hash() != code_hash("clipping")
 
 
@@ -115,7 +116,7 @@ def test_kept_rows_belong_to_the_registered_grid(name):
     for row in rows.itertuples():
         run = registered[row.setting, row.arm, row.seed]
         assert replace(run, code=row.code).identity == row.identity
-        # fields that came later are missing there, and read as their defaults
+        # as it was written: fields that came later have their old values
         assert parse_config(RunConfig(), yaml.safe_load(row.config), "row") == run.config
         own = table[
             (table.setting == row.setting) & (table.arm == row.arm) & (table.seed == row.seed)
