@@ -379,6 +379,7 @@ class _Records(_Computing):
     optimizer: torch.optim.Optimizer
     step: int  # gradient steps so far
     rollout_step: int
+    further: int  # prompts that rollout steps so far took beyond those of their batches
     rows: list[dict[str, Any]]  # metrics so far
     parity_band: float | None  # of the parity probe, measured at the first one
     _complete_checkpoint: Callable[[bool], bool] | None  # of one being written
@@ -493,7 +494,7 @@ class Run(_Progress):
         _check_sizes(self)
         self.optimizer = self.world.optimizer(self.model, config.optimizer)
         self.step = self.rollout_step = 0
-        self.further = 0  # prompts that rollout steps so far took beyond those of their batches
+        self.further = 0
         self.rows = []
         self.evaluations: dict[int, dict[str, Any]] = {}
         self.parity_band = None
