@@ -97,9 +97,6 @@ class Step:
     seconds: dict[str, float]
     tokens: dict[str, int]  # tokens that each phase worked on
     minibatches: list[Tensor]  # rows of each
-    further: int = 0  # prompts that were sampled beyond those of the batch
-    resampled: dict[str, float] = field(default_factory=dict)
-    """Metrics of all that was sampled, where `batch.resample` chooses among it."""
     mu_routes: Ragged | None = None  # as the engine gave them: [L, K] for each real token
     mu_valid: Tensor | None = None  # [B, T]
     logp_old: Tensor | None = None  # [B, T]
@@ -108,6 +105,9 @@ class Step:
     """bool [B]: rows whose logp_old and entropy the first update's own forward gives."""
     live: dict[int, Ragged] = field(default_factory=dict)
     """Live routes of pi_old on each mini-batch's monitored rows."""
+    further: int = 0  # prompts that were sampled beyond those of the batch
+    resampled: dict[str, float] = field(default_factory=dict)
+    """Metrics of all that was sampled, where `batch.resample` chooses among it."""
 
 
 # A rank whose micro-batches are done computes on this while others work: one token, no advantage

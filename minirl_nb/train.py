@@ -127,10 +127,10 @@ def sample(run: Run) -> Step:
         seconds,
         tokens,
         minibatches,
-        further,
-        metrics,
         mu_routes=rollout.routes,
         mu_valid=rollout.routes_valid,
+        further=further,
+        resampled=metrics,
     )
 
 # %% ../nbs/15_train.ipynb #7e8051fd
