@@ -250,9 +250,13 @@ def _seconds_chart(log: Log, last: int):
     data = {k.split("/")[1]: np.nan_to_num(_numbers(rows, k)).astype(np.float32) for k in keys}
     source = ColumnDataSource(data | {"step": _numbers(rows, "step")})
     chart = _figure(f"Seconds of a rollout step: {log.name}", last, metric(keys[0]).unit)
-    colors = [COLORS[i % len(COLORS)] for i in range(len(data))]
     chart.varea_stack(
-        list(data), x="step", source=source, color=colors, legend_label=list(data), alpha=0.8
+        list(data),
+        x="step",
+        source=source,
+        color=theme.fills(len(data)),
+        legend_label=list(data),
+        alpha=0.8,
     )
     _place_legend(chart)
     return chart

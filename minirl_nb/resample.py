@@ -1,6 +1,6 @@
 """**Claim.** Replacing prompts without signal changes the length of the expected gradient and not
-its direction, as long as the loss is a mean over groups. A listed policy whose expected gradient
-turns refutes it.
+its direction, as long as the loss is a mean over groups. Refuted by: a listed policy whose expected
+gradient turns.
 
 Where all responses to a prompt have one reward, every advantage is zero, and the group teaches
 nothing. `batch.resample` lets a rollout step sample further prompts and put those with signal in

@@ -1,6 +1,6 @@
 """**Claim.** The imports of a package can be read without running it: every import statement is
-found, inside functions too, and every call of `import_module` with a literal name. False if a
-module runs that no path of imports leads to.
+found, inside functions too, and every call of `import_module` with a literal name. Refuted by: a
+module that runs and that no path of imports leads to.
 
 Three readers ask for the imports: the floors of the package, its circles, and the identity of a run
 (15a), which covers all code that `train` reaches. There is one reader, and it needs nothing but

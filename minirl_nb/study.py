@@ -16,8 +16,8 @@ of the two that fit.
 
 # %% auto #0
 __all__ = ['LATER_FIELDS', 'Comparison', 'Study', 'studies', 'load_study', 'code_hash',
-           'PlannedRun', 'planned_runs', 'provenance', 'versions', 'processor_name', 'processor',
-           'run_one', 'state_of', 'steps_done', 'run_study', 'count_states', 'status']
+           'identifying', 'PlannedRun', 'planned_runs', 'provenance', 'versions', 'processor_name',
+           'processor', 'run_one', 'state_of', 'steps_done', 'run_study', 'count_states', 'status']
 
 # %% ../nbs/15a_study.ipynb #cb50299d
 import ast
@@ -171,13 +171,13 @@ LATER_FIELDS: dict[str, Any] = {
 }
 
 
-def _counted_yaml(config: RunConfig) -> str:
-    "What of a config identifies a run, as YAML."
-    tree = yaml.safe_load(config_yaml(config))
+def identifying(config_text: str) -> str:
+    "What identifies a run in its config's YAML: all of it but `LATER_FIELDS` at their default."
+    tree = yaml.safe_load(config_text)
     for name, default in LATER_FIELDS.items():
         *sections, key = name.split(".")
         section = functools.reduce(dict.__getitem__, sections, tree)
-        if section[key] == default:
+        if (key, default) in section.items():
             del section[key]
     return yaml.safe_dump(tree, sort_keys=False)
 
@@ -196,7 +196,7 @@ class PlannedRun:
     @functools.cached_property
     def identity(self) -> str:
         "SHA-256 of config and code. `LATER_FIELDS` at their default do not count."
-        text = f"{_counted_yaml(self.config)}\n{self.code}"
+        text = f"{identifying(config_yaml(self.config))}\n{self.code}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def folder(self, root: str | Path) -> Path:

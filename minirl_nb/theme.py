@@ -1,6 +1,6 @@
 """**Claim.** A method has one colour and one dash wherever this module draws it. Two methods that
 share a figure stay apart in grey print and under three kinds of colour blindness: by their dash, or
-by their lightness or colour. A pair that has neither refutes it.
+by their lightness or colour. Refuted by: a pair that has neither.
 
 This module holds the colours, the sizes and the way curves get their names. The figure of a run,
 the studies, the report and the pages take them from here.
@@ -11,7 +11,7 @@ the studies, the report and the pages take them from here.
 # %% auto #0
 __all__ = ['BLACK', 'BLUE', 'VERMILION', 'SKY', 'GREEN', 'ORANGE', 'PURPLE', 'CYCLE', 'FAINT',
            'STRONG', 'LIMIT', 'METHODS', 'ONE_PANEL', 'TWO_PANELS', 'SETTINGS', 'looks',
-           'use_theme', 'themed', 'name_curves', 'spread']
+           'use_theme', 'themed', 'name_curves', 'spread', 'fills']
 
 # %% ../nbs/00_theme.ipynb #7391cc50
 from collections.abc import Sequence
@@ -109,3 +109,19 @@ def spread(heights: Sequence[float], room: float) -> list[float]:
         placed.append(max(height, placed[-1] + room) if placed else height)
     shift = sum(placed) / len(placed) - sum(heights) / len(heights) if placed else 0.0
     return [height - shift for height in placed]
+
+# %% ../nbs/00_theme.ipynb #5f11a8c2
+def fills(n: int) -> list[str]:
+    """`n` different colours for areas that touch, at most 14: those of `CYCLE`, then each of them
+    halfway to white.
+
+    ValueError for more."""
+    found = [*CYCLE, *map(_lighter, CYCLE)]
+    if n > len(found):
+        raise ValueError(f"{n} areas; there are {len(found)} colours for areas")
+    return found[:n]
+
+
+def _lighter(color: str) -> str:
+    channels = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{(channel + 255) // 2:02X}" for channel in channels)

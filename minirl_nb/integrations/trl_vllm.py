@@ -1,6 +1,6 @@
 """**Claim.** TRL 1.16 can start vLLM in the trainer's process. It neither asks for routes nor keeps
 them, and R3 needs no other TRL for it: the `LLM` that TRL calls can be asked for routes and
-listened to. Refuted by a token whose experts or log-probability are not those of the weights that
+listened to. Refuted by: a token whose experts or log-probability are not those of the weights that
 the engine should have.
 
 This page holds `OwnVLLM`, which asks and listens, and the two functions that bring the sequences of

@@ -309,17 +309,17 @@ print(json.dumps({"seconds": gaps, "length": sum(lengths) / len(lengths),
 
 OURS = r"""
 import sys, json, resource, torch
-from minirl_nb import tasks, train
+from minirl_nb import tasks
+from tests.bench.__main__ import train_run
 folder, threads, limit, steps, rows, n = sys.argv[1], *map(int, sys.argv[2:])
 # odd lengths earn the reward on both sides: groups have signal, so no side can skip its update
 odd = lambda self, problems, texts: torch.tensor([float(len(t) % 2) for t in texts])
 tasks.Task.verify_many = odd
-changes = {"model.path": folder, "output.folder": folder + "/run", "output.progress": False, "threads": threads,
-    "evaluation.samples": 1, "evaluation.every": 0, "output.samples_every": 0, "output.monitor": 0,
-    "output.checkpoint_every": 0, "steps": steps, "batch.prompts": rows // n, "rollout.responses": n,
-    "batch.updates": 1, "objective.replay": "none", "rollout.fp8": "none", "rollout.max_new_tokens": limit,
-    "rollout.probe": 0, "optimizer.lr": 1e-12}
-done = train.train(train.load_config("demo", changes)).steps()
+changes = {"model.path": folder, "threads": threads, "steps": steps, "batch.prompts": rows // n, "rollout.responses": n,
+    "evaluation.every": 0, "output.monitor": 0, "output.checkpoint_every": 0, "batch.updates": 1,
+    "objective.replay": "none", "rollout.fp8": "none", "rollout.max_new_tokens": limit, "rollout.probe": 0,
+    "optimizer.lr": 1e-12}
+done = train_run(folder + "/run", **changes).steps()
 print(json.dumps({"seconds": [r["seconds/step"] for r in done[1:]],
                   "length": sum(r["response_length"] for r in done) / len(done),
                   "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
