@@ -504,6 +504,7 @@ class _Running:
     process: int
     started: float
     status: int | None = None  # the exit status, when the process has ended
+    processor: float = 0.0  # seconds of it, its own children's among them, when it has ended
 
     @classmethod
     def start(cls, path, work):
@@ -512,8 +513,10 @@ class _Running:
 
     def ended(self):
         if self.status is None:
-            process, status = os.waitpid(self.process, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if process else None
+            process, status, used = os.wait4(self.process, os.WNOHANG)
+            if process:
+                self.status = os.waitstatus_to_exitcode(status)
+                self.processor = used.ru_utime + used.ru_stime
         return self.status is not None or self.seconds() > PAGE_TIMEOUT
 
     def seconds(self):
@@ -571,7 +574,8 @@ def run(names, jobs, write=False, keep_seconds=False):
                 problems = page.problems(write)
                 running.remove(page)
                 mark = "FAIL" if problems else "ok  "
-                print(f"  {mark} {page.path.name}  {measured[page.path.stem]:.0f} s", flush=True)
+                took = f"{page.seconds():.0f} s, {page.processor:.0f} s of the processor"
+                print(f"  {mark} {page.path.name}  {took}", flush=True)
                 for said in problems:
                     print("    " + said.replace("\n", "\n    "), flush=True)
                 if problems:
