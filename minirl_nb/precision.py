@@ -233,6 +233,9 @@ def table(records: Sequence[dict], names: Sequence[str] = ("k3", "flips", "f2", 
 # %% ../nbs/13c_precision.ipynb #5e8d389e
 def main(words: Sequence[str]) -> None:
     "The command: measure, print the table, keep the numbers."
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     config = parse_config(PrecisionConfig(), list(words), "command line")
     records = run(config)
     rows = table(records)

@@ -20,9 +20,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 # %% ../nbs/12b_pretrained.ipynb #02fb9ee4
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def _from_hub(source: Source, side: Path) -> Path:
 
     wanted = ["*.json", "*.jinja", "merges.txt", "model.safetensors"]
     try:
+        _hub_answers()
         found = snapshot_download(
             source.hub, revision=source.revision, allow_patterns=wanted, etag_timeout=5
         )
@@ -91,6 +97,18 @@ def _from_hub(source: Source, side: Path) -> Path:
         raise ConnectionError(f"no {source.hub} from the hub: {_first_line(error)}") from error
     check_sha256(Path(found) / "model.safetensors", source.weights_sha256)
     return Path(found)
+
+
+def _hub_answers() -> None:
+    "OSError at once where the hub cannot be reached; its client would ask six times, and say so."
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return  # the client has what was downloaded before, or says what is set
+    try:
+        urlopen(constants.ENDPOINT, timeout=5).close()
+    except HTTPError:
+        pass  # an answer, whatever it says
 
 
 def _first_line(error: Exception) -> str:
@@ -133,14 +151,29 @@ def read_gguf(path: str | Path, dtype):
         )
     path = Path(path)
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    with _one_setting_for_bars():
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        read = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
     config = read.config
     del config.quantization_config
     plain = type(read)._from_config(config, dtype=dtype)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
     return plain.eval(), tokenizer
+
+
+@contextmanager
+def _one_setting_for_bars() -> Iterator[None]:
+    "transformers draws a bar for GGUF files even where its bars are turned off."
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    own = reader.tqdm
+    reader.tqdm = partial(own, disable=not logging.is_progress_bar_enabled())
+    try:
+        yield
+    finally:
+        reader.tqdm = own
 
 
 def _has_gguf() -> bool:
