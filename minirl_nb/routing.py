@@ -93,7 +93,7 @@ def _all_chosen(router, chosen):
     width = sum(c.shape[-1] for c in chosen)
     if width != router.top_k:
         raise RuntimeError(
-            f"{router.name}: {width} experts a token were chosen out of {router.experts} in "
+            f"{router.name}: {width} experts per token were chosen out of {router.experts} in "
             f"one forward instead of {router.top_k}; {type(router.module).__name__} does not "
             f"ask by one {router.call} for each"
         )
@@ -213,7 +213,7 @@ class _Attached:
         sizes = {r.top_k for r in self.routers.values()}
         if len(sizes) > 1:
             raise TypeError(
-                f"the routers of {type(model).__name__} choose different numbers of experts a "
+                f"the routers of {type(model).__name__} choose different numbers of experts per "
                 f"token {sorted(sizes)}; routes [B, T, L, K] have one K"
             )
         self.experts, self.top_k = max(r.experts for r in self.routers.values()), sizes.pop()

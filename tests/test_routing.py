@@ -229,7 +229,7 @@ def test_a_router_that_asks_differently_is_an_error():
     model = qwen()
     gate = model.model.layers[1].mlp.gate
     gate.top_k = 2  # the layer now asks for two experts, its neighbours for three
-    with pytest.raises(TypeError, match=r"different numbers of experts a token \[2, 3\]"):
+    with pytest.raises(TypeError, match=r"different numbers of experts per token \[2, 3\]"):
         record(model)
     gate.top_k, ask = K, gate.forward
     gate.forward = lambda x: (
@@ -237,7 +237,7 @@ def test_a_router_that_asks_differently_is_an_error():
     )  # asks twice
     with pytest.raises(
         RuntimeError,
-        match="1.mlp.gate: 6 experts a token were chosen out of 8 in one forward instead of 3",
+        match="1.mlp.gate: 6 experts per token were chosen out of 8 in one forward instead of 3",
     ):
         with record(model), torch.no_grad():
             model(tokens())
