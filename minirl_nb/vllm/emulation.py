@@ -23,6 +23,7 @@ __all__ = ['ExpertMatrices', 'register']
 # %% ../../nbs/11c_vllm_emulation.ipynb #39fc687a
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,6 +64,14 @@ class ExpertMatrices(nn.Module):
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         return grouped_mm_experts_forward(self, self.rounded(x), ids, weights)
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        """x [E, H] -> [E, H]: what each expert makes of its own row, with nothing rounded to the
+        matrices' type in between. One expert at a time, for that takes four bytes a number."""
+        found = []
+        for row, up, down in zip(self.rounded(x), self.gate_up_proj, self.down_proj):
+            found.append(F.linear(self._apply_gate(F.linear(row.float(), up.float())), down.float()))
+        return torch.stack(found)
 
     def round_(self, kind: str) -> None:
         "Round the matrices in place."
