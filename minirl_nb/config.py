@@ -137,6 +137,9 @@ class RolloutConfig:
     empty: vLLM runs beside it."""
     transfer_folder: str = "/dev/shm"
     """Where weights for servers are written: a folder that trainer and servers both see."""
+    ahead: int = 0
+    """1: the rollout of the next step is sampled while this one trains, with the weights from
+    before its updates (one step off; page 15g); 0: sampling and training take turns."""
 
     def __post_init__(self):
         _require(
@@ -158,6 +161,18 @@ class RolloutConfig:
         if self.servers and self.engine != "vllm":
             raise ValueError(
                 f"rollout.servers are vLLM's, but rollout.engine is {self.engine}; set it to vllm"
+            )
+        self._check_ahead()
+
+    def _check_ahead(self):
+        if self.ahead not in (0, 1):
+            raise ValueError(
+                f"rollout.ahead is {self.ahead}; it is 0 or 1: more would only be older, not sooner"
+            )
+        if self.ahead and self.engine == "vllm" and not self.servers:
+            raise ValueError(
+                "rollout.ahead is 1, but vLLM inside the trainer's processes takes turns with it "
+                "on the same devices; let servers sample (rollout.servers), or set it to 0"
             )
 
     @property
