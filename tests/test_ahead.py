@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import tiny_qwen3_moe
 from small_runs import free_port, metrics, small
+from transformers import AutoModelForCausalLM
 
 from minirl_nb import run, train
 from minirl_nb.ahead import Ahead, EngineProcess, SamplerError
@@ -85,7 +86,7 @@ def test_the_process_samples_the_bits_of_the_engine(tied, fp8):
         there.generate(PROMPTS, SAMPLING)
 
 
-def test_what_cannot_be_shared_is_said(monkeypatch, moe):
+def test_what_cannot_be_shared_is_said(moe):
     with pytest.raises(ValueError, match="on the CPU.*it is on meta|model is on meta"):
         EngineProcess(tiny_qwen3_moe().to("meta"))
     with pytest.raises(ValueError, match="rollout.transfer_folder: /nowhere has no room"):
@@ -142,16 +143,42 @@ class AtOnce(Ahead):
         self.restore(number, respond())
 
 
+SLEEP = 0.6  # seconds by which sampling, and the updates of a step, are slowed
+
+
 @pytest.fixture(scope="module")
 def off(tmp_path_factory, coldstart):
-    "A run one step off that nothing disturbs."
-    return train.train(one_ahead(tmp_path_factory.mktemp("off") / "run", coldstart))
+    """A run one step off that nothing disturbs: `result`, `rollouts` as they were trained on, and
+    the `weights` of each version. Sampling and training are slowed, to see them overlap."""
+    recompute, update, generate = train.recompute, train.update, EngineProcess.generate
+    kept = SimpleNamespace(rollouts=[], weights={})
+
+    def keeping(state, step, rows=None):
+        own = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+        kept.weights[state.rollout_step] = own
+        kept.rollouts.append(step.rollout)
+        recompute(state, step, rows)
+
+    def slow_update(state, step, i):
+        time.sleep(SLEEP / 2)
+        return update(state, step, i)
+
+    def slow_generate(self, prompts, sampling):
+        time.sleep(SLEEP)
+        return generate(self, prompts, sampling)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "recompute", keeping)
+        patch.setattr(train, "update", slow_update)
+        patch.setattr(EngineProcess, "generate", slow_generate)
+        kept.result = train.train(one_ahead(tmp_path_factory.mktemp("off") / "run", coldstart))
+    return kept
 
 
 def test_a_step_learns_from_the_version_before_it(off, tmp_path, coldstart, monkeypatch):
     """Sampling at the same time has the metrics of sampling one after the other, bit for bit, with
     an engine that has the trainer's weights at the moment of sampling."""
-    steps = off.steps()
+    steps = off.result.steps()
     assert [r["version"] for r in steps] == [0, 0, 0, 0, 1, 1, 2, 2]
     assert [r["lag"] for r in steps] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert all(r["seconds/wait"] >= 0 and r["seconds/generate"] > 0 for r in steps)
@@ -166,10 +193,51 @@ def test_a_step_learns_from_the_version_before_it(off, tmp_path, coldstart, monk
 
     monkeypatch.setattr(run, "_open_folder", known)
     one_by_one = train.train(one_ahead(tmp_path / "run", coldstart))
-    assert metrics(one_by_one.folder) == metrics(off.folder)
+    assert metrics(one_by_one.folder) == metrics(off.result.folder)
     assert AtOnce.begun == [(0, 0), (1, 0), (2, 1), (3, 2)]
-    sampled = json.loads((off.folder / "samples" / "step_000008.json").read_text())
+    sampled = json.loads((off.result.folder / "samples" / "step_000008.json").read_text())
     assert {s["version"] for s in sampled} == {2}
+
+
+def test_log_probabilities_are_those_of_the_version_that_sampled(off, coldstart):
+    """`logp_mu` of each rollout against a pass with the weights of every version: rounding for its
+    own, what training did for the others."""
+    model = AutoModelForCausalLM.from_pretrained(coldstart)
+    engine = TorchEngine(model, fp8="fp8_per_channel")
+    assert [r.policy_version for r in off.rollouts] == [0, 0, 1, 2]
+    for rollout in off.rollouts:
+        distance = {}
+        for version, weights in off.weights.items():
+            engine.load(weights)
+            gap = engine.score(rollout) - rollout.logp_mu
+            # the median, because a rounded activation may jump
+            distance[version] = float(gap.abs()[rollout.response_mask].median())
+        own = distance.pop(rollout.policy_version)
+        assert own < 1e-5 < 1e-4 < min(distance.values()), (own, distance)
+
+
+def test_a_step_takes_the_longer_phase(off):
+    "While a step trained, the next rollout was sampled: that time is not waited for again."
+    first = [r for r in off.result.steps() if r["mini_batch"] == 0]
+    for now, later in zip(first[1:], first[2:]):
+        sampling = later["seconds/generate"]
+        assert sampling >= SLEEP
+        # both updates slept while it was being sampled; the rest is for a busy machine
+        assert now["seconds/wait"] < max(0.0, sampling - SLEEP) + 0.3 * SLEEP
+    assert first[-1]["seconds/wait"] < 0.3 * SLEEP  # there is nothing behind the last step
+
+
+def test_where_nothing_moves_both_ways_are_equal(tmp_path, coldstart):
+    "With a learning rate below rounding all versions are one, so each number is that of taking turns."
+    found = []
+    for number in (0, 1):
+        still = {"optimizer.lr": 1e-30, "rollout.ahead": number, "steps": 4}
+        result = train.train(one_ahead(tmp_path / str(number), coldstart, **still))
+        found.append(metrics(result.folder))
+        for row in found[-1]:
+            assert (row.pop("lag", None) is None) == (not number or row["kind"] != "step")
+            row.pop("version", None)
+    assert found[0] == found[1] and len(found[0]) >= 4
 
 
 def test_stopped_and_resumed_is_uninterrupted(off, tmp_path, coldstart):
@@ -186,8 +254,8 @@ def test_stopped_and_resumed_is_uninterrupted(off, tmp_path, coldstart):
     (part,) = checkpoints(config.output.folder)[-1].glob("ahead_*")
     assert load(part).policy_version == 1  # step 3, sampled while step 2 trained
     train.train(one_ahead(tmp_path / "run", coldstart, resume=True))
-    assert metrics(tmp_path / "run") == metrics(off.folder)
-    newest = checkpoints(off.folder)[-1]
+    assert metrics(tmp_path / "run") == metrics(off.result.folder)
+    newest = checkpoints(off.result.folder)[-1]
     for name in ("model.safetensors", "optimizer.safetensors"):
         same = (checkpoints(tmp_path / "run")[-1] / name).read_bytes()
         assert same == (newest / name).read_bytes()
@@ -293,7 +361,7 @@ def test_each_rank_has_its_own_sampler(off, tmp_path, coldstart):
             p.kill()
             p.wait()
     rows = [r for r in metrics(tmp_path / "run") if r["kind"] == "step"]
-    alone = [r for r in metrics(off.folder) if r["kind"] == "step"]
+    alone = [r for r in metrics(off.result.folder) if r["kind"] == "step"]
     assert [r["lag"] for r in rows] == [0, 0, 1, 1]
     for name in ("reward", "response_length", "version"):
         assert [r[name] for r in rows] == [r[name] for r in alone[:4]], name
