@@ -214,8 +214,91 @@ def _started(line: Connection, memory: int) -> subprocess.Popen:
         stdin=subprocess.DEVNULL,
     )
 
-# %% ../nbs/14fa_ahead.ipynb #c9ca271c
-class EngineProcess:
+# %% ../nbs/14fa_ahead.ipynb #0fc1b8a5
+class _Line:
+    "The part of `EngineProcess` that speaks with the process, and ends it."
+
+    _engine: TorchEngine  # on the same tensors, in this process
+    _process: subprocess.Popen
+    _line: Connection
+    _closed: bool
+
+    def _ask(self, do: str, **arguments: Any) -> bytes:
+        "What the process answers. Its own error, or SamplerError when it is gone."
+        try:
+            self._line.send_bytes(json.dumps({"do": do} | arguments).encode())
+            error, found = json.loads(self._line.recv_bytes()), self._line.recv_bytes()
+        except (EOFError, OSError) as lost:
+            raise SamplerError(f"the process that samples {self._how_it_ended()}") from lost
+        if not error:
+            return found
+        if known := _ERRORS.get(error["type"]):
+            raise known(error["said"])
+        raise SamplerError(f"the process that samples: {error['type']}: {error['said']}")
+
+    def _how_it_ended(self) -> str:
+        if self._closed:
+            return "was closed"
+        status = self._process.wait(timeout=10)
+        if status < 0:
+            return f"was killed by signal {-status} (the system kills what takes too much memory)"
+        return f"has ended with status {status}"
+
+    @property
+    def model(self) -> nn.Module:
+        "What the process samples with, to be read; None when it is closed."
+        return self._engine.model
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._engine.version = version
+
+    def close(self) -> None:
+        "End the process, whatever it does, and drop the model."
+        self._closed = True
+        self._process.kill()
+        self._process.wait()
+        self._line.close()
+        self._engine.close()
+
+# %% ../nbs/14fa_ahead.ipynb #97a181e2
+class _Beginning(_Line):
+    "The part of `EngineProcess` that starts the process."
+
+    def _start(self, model: dict[str, Any], folder: Path, options: dict[str, Any]) -> None:
+        "Move the weights into shared memory and start the process on them."
+        own = _own_tensors(self._engine.model)
+        places, size = _places(own)
+        try:
+            file = _nameless_file(folder, size)
+        except OSError as error:
+            raise ValueError(
+                f"rollout.transfer_folder: {folder} has no room for the engine's weights of "
+                f"{size / 1e9:.2g} GB ({error.strerror})"
+            ) from error
+        with file:
+            shared = _views(file.fileno(), places, size)
+            for name, x in own.items():
+                shared[name].copy_(x)
+            _put(own, shared)
+            self._line, end = Pipe()
+            with end:
+                self._process = _started(end, file.fileno())
+        try:
+            threads = torch.get_num_threads()
+            self._ask(
+                "start", model=model, places=places, size=size, threads=threads, options=options
+            )
+        except BaseException:
+            self.close()
+            raise
+
+# %% ../nbs/14fa_ahead.ipynb #e86291ed
+class EngineProcess(_Beginning):
     """`TorchEngine` with a process of its own that samples, on a CPU; otherwise the same.
 
     model, fp8, routes, max_batch, tokenizer, eos_token_id: as for `TorchEngine`.
@@ -248,68 +331,6 @@ class EngineProcess:
         options |= {"eos_token_id": self._engine.eos.tolist(), "pad_token_id": self._engine.pad}
         self._start(_described(model), Path(folder), options)
 
-    def _start(self, model: dict[str, Any], folder: Path, options: dict[str, Any]) -> None:
-        "Move the weights into shared memory and start the process on them."
-        own = _own_tensors(self._engine.model)
-        places, size = _places(own)
-        try:
-            file = _nameless_file(folder, size)
-        except OSError as error:
-            raise ValueError(
-                f"rollout.transfer_folder: {folder} has no room for the engine's weights of "
-                f"{size / 1e9:.2g} GB ({error.strerror})"
-            ) from error
-        with file:
-            shared = _views(file.fileno(), places, size)
-            for name, x in own.items():
-                shared[name].copy_(x)
-            _put(own, shared)
-            self._line, end = Pipe()
-            with end:
-                self._process = _started(end, file.fileno())
-        try:
-            threads = torch.get_num_threads()
-            self._ask(
-                "start", model=model, places=places, size=size, threads=threads, options=options
-            )
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def model(self) -> nn.Module:
-        "What the process samples with, to be read; None when it is closed."
-        return self._engine.model
-
-    @property
-    def version(self) -> int:
-        return self._engine.version
-
-    @version.setter
-    def version(self, version: int) -> None:
-        self._engine.version = version
-
-    def _ask(self, do: str, **arguments: Any) -> bytes:
-        "What the process answers. Its own error, or SamplerError when it is gone."
-        try:
-            self._line.send_bytes(json.dumps({"do": do} | arguments).encode())
-            error, found = json.loads(self._line.recv_bytes()), self._line.recv_bytes()
-        except (EOFError, OSError) as lost:
-            raise SamplerError(f"the process that samples {self._how_it_ended()}") from lost
-        if not error:
-            return found
-        if known := _ERRORS.get(error["type"]):
-            raise known(error["said"])
-        raise SamplerError(f"the process that samples: {error['type']}: {error['said']}")
-
-    def _how_it_ended(self) -> str:
-        if self._closed:
-            return "was closed"
-        status = self._process.wait(timeout=10)
-        if status < 0:
-            return f"was killed by signal {-status} (the system kills what takes too much memory)"
-        return f"has ended with status {status}"
-
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         "As `TorchEngine.generate`, in the other process; this one waits."
         if not len(prompts):
@@ -338,14 +359,6 @@ class EngineProcess:
 
     def wake(self) -> None:
         "Nothing to do."
-
-    def close(self) -> None:
-        "End the process, whatever it does, and drop the model."
-        self._closed = True
-        self._process.kill()
-        self._process.wait()
-        self._line.close()
-        self._engine.close()
 
 # %% ../nbs/14fa_ahead.ipynb #5bbf189c
 class Ahead:

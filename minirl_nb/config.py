@@ -104,6 +104,19 @@ LowPrecision = Literal[
     "fp8_per_block_cache",
 ]
 
+# %% ../nbs/14_config.ipynb #472e4a49
+def _check_ahead(ahead: int, engine: str, apart: bool) -> None:
+    "ValueError for a number that means nothing, or an engine that cannot sample beside the trainer."
+    if ahead not in (0, 1):
+        raise ValueError(
+            f"rollout.ahead is {ahead}; it is 0 or 1: more would only be older, not sooner"
+        )
+    if ahead and engine == "vllm" and not apart:
+        raise ValueError(
+            "rollout.ahead is 1, but vLLM inside the trainer's processes takes turns with it "
+            "on the same devices; let servers sample (rollout.servers), or set it to 0"
+        )
+
 # %% ../nbs/14_config.ipynb #dc1c459d
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -162,18 +175,7 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.servers are vLLM's, but rollout.engine is {self.engine}; set it to vllm"
             )
-        self._check_ahead()
-
-    def _check_ahead(self):
-        if self.ahead not in (0, 1):
-            raise ValueError(
-                f"rollout.ahead is {self.ahead}; it is 0 or 1: more would only be older, not sooner"
-            )
-        if self.ahead and self.engine == "vllm" and not self.servers:
-            raise ValueError(
-                "rollout.ahead is 1, but vLLM inside the trainer's processes takes turns with it "
-                "on the same devices; let servers sample (rollout.servers), or set it to 0"
-            )
+        _check_ahead(self.ahead, self.engine, apart=bool(self.servers))
 
     @property
     def ranks_per_engine(self) -> int:

@@ -242,11 +242,9 @@ class _Computing:
         b = self.config.batch
         length = rollout.length[rows]
         cut = batch.microbatches(length, b.tokens, b.max_padding, packed=b.packed)
-        if self.ahead:
-            self.ahead.check()  # a sampler that has failed ends the run here, not a step later
         for i in range(self.world.rounds(len(cut))):
             if self.ahead:
-                self.ahead.check()
+                self.ahead.check()  # a sampler that has failed ends the run here, not a step later
             at = rows[cut[i]] if i < len(cut) else rows[:0]
             yield at, rollout.select(at) if len(at) else _PADDING
 
@@ -279,13 +277,6 @@ class _Computing:
         if part.routes is None:
             return contextlib.nullcontext()
         return routing.replay(self.model, part.routes, part.routes_valid)
-
-    def gather_rows(self, columns: list[Tensor]) -> list[Tensor] | None:
-        "Columns [b] and [b, T] with the rows of all ranks, on rank 0; None on the others."
-        given = self.world.gather_to_chief(columns)
-        if given is None or len(given) == 1:
-            return given and given[0]
-        return _joined_rows(given)
 
 # %% ../nbs/14g_run.ipynb #d0aadb66
 def _open_folder(run: "Run", checkpoint: Path | None) -> None:
@@ -359,6 +350,13 @@ class _Records(_Computing):
     def append(self, row: dict[str, Any]) -> None:
         "A row of metrics, in memory and in metrics.jsonl."
         self.rows.append(append_row(self.folder, row))
+
+    def gather_rows(self, columns: list[Tensor]) -> list[Tensor] | None:
+        "Columns [b] and [b, T] with the rows of all ranks, on rank 0; None on the others."
+        given = self.world.gather_to_chief(columns)
+        if given is None or len(given) == 1:
+            return given and given[0]
+        return _joined_rows(given)
 
     def checkpoint(self) -> None:
         """Begin a checkpoint of this step. One process writes it here and now; many go on training

@@ -66,24 +66,26 @@ def assert_equal(a, b):
 def test_the_process_samples_the_bits_of_the_engine(tied, fp8):
     model = tiny_qwen3_moe(tie_word_embeddings=tied)
     here = TorchEngine(model, fp8=fp8, routes=True)
-    there = EngineProcess(model, fp8=fp8, routes=True)
+    process_engine = EngineProcess(model, fp8=fp8, routes=True)
     try:
-        assert_equal(here.generate(PROMPTS, SAMPLING), there.generate(PROMPTS, SAMPLING))
+        assert_equal(here.generate(PROMPTS, SAMPLING), process_engine.generate(PROMPTS, SAMPLING))
         other = dict(tiny_qwen3_moe(1, tie_word_embeddings=tied).named_parameters())
-        for engine in (here, there):
+        for engine in (here, process_engine):
             engine.load(other, 3)
-        rollout = there.generate(PROMPTS, SAMPLING)
+        rollout = process_engine.generate(PROMPTS, SAMPLING)
         assert_equal(here.generate(PROMPTS, SAMPLING), rollout)
-        assert torch.equal(here.score(rollout), there.score(rollout))
-        assert len(there.generate([], SAMPLING)) == 0
+        assert torch.equal(here.score(rollout), process_engine.score(rollout))
+        assert len(process_engine.generate([], SAMPLING)) == 0
         with pytest.raises(ValueError, match="prompt 1 is empty"):
-            there.generate([[1], []], SAMPLING)
-        assert_equal(rollout, there.generate(PROMPTS, SAMPLING))  # an error is answered, no end
+            process_engine.generate([[1], []], SAMPLING)
+        assert_equal(
+            rollout, process_engine.generate(PROMPTS, SAMPLING)
+        )  # an error is answered, no end
     finally:
-        there.close()
+        process_engine.close()
     assert not children()
     with pytest.raises(SamplerError, match="was closed"):
-        there.generate(PROMPTS, SAMPLING)
+        process_engine.generate(PROMPTS, SAMPLING)
 
 
 def test_what_cannot_be_shared_is_said(moe):

@@ -37,8 +37,10 @@ def a_run(number, rollout_steps):
     rows = [r for r in result.steps() if r["mini_batch"] == 0]
     found = []
     for i in range(2, rollout_steps - 1):
-        of = {k.removeprefix("seconds/"): v for k, v in rows[i].items() if k.startswith("seconds/")}
-        training = sum(of.get(k, 0.0) for k in ("recompute", "update", "monitor", "verify"))
+        phases = {
+            k.removeprefix("seconds/"): v for k, v in rows[i].items() if k.startswith("seconds/")
+        }
+        training = sum(phases.get(k, 0.0) for k in ("recompute", "update", "monitor", "verify"))
         wall, processor = (b - a for a, b in zip(marks[i - 1], marks[i]))
         # a rollout that is sampled ahead stands in the row of the step that learns from it
         sampling = rows[i + 1 if number else i]["seconds/generate"]
@@ -48,7 +50,7 @@ def a_run(number, rollout_steps):
                 "processor": processor,
                 "sampling": sampling,
                 "training": training,
-                "hand-over": of["transfer"] + of["parity"],
+                "hand-over": phases["transfer"] + phases["parity"],
             }
         )
     return found
