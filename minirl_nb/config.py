@@ -106,7 +106,7 @@ LowPrecision = Literal[
 
 # %% ../nbs/14_config.ipynb #472e4a49
 def _check_ahead(ahead: int, engine: str, apart: bool) -> None:
-    "ValueError for a number that means nothing, or an engine that cannot sample beside the trainer."
+    "ValueError for another number than 0 and 1, or an engine that cannot sample meanwhile."
     if ahead not in (0, 1):
         raise ValueError(
             f"rollout.ahead is {ahead}; it is 0 or 1: more would only be older, not sooner"

@@ -242,9 +242,11 @@ class _Computing:
         b = self.config.batch
         length = rollout.length[rows]
         cut = batch.microbatches(length, b.tokens, b.max_padding, packed=b.packed)
+        if self.ahead:
+            self.ahead.check()  # a sampler that has failed ends the run here, not a step later
         for i in range(self.world.rounds(len(cut))):
             if self.ahead:
-                self.ahead.check()  # a sampler that has failed ends the run here, not a step later
+                self.ahead.check()
             at = rows[cut[i]] if i < len(cut) else rows[:0]
             yield at, rollout.select(at) if len(at) else _PADDING
 
