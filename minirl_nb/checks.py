@@ -182,7 +182,9 @@ def changes_of(config: RunConfig) -> dict[str, tuple[Any, Any]]:
         return {}
     before, now = flatten(load_config(stored)), flatten(config)
     free = _FREE
-    if before["optimizer.schedule"] == now["optimizer.schedule"] == "constant":
+    # a run that samples ahead has not begun the rollout behind its last step
+    ahead = before["rollout.ahead"] or now["rollout.ahead"]
+    if before["optimizer.schedule"] == now["optimizer.schedule"] == "constant" and not ahead:
         free += ("steps",)
     return {
         key: (before[key], now[key])
@@ -239,6 +241,11 @@ def check(
             f"batch.resample is {config.batch.resample}, but with objective.advantage = none a "
             "group of equal rewards has a gradient that must not be left out; set batch.resample "
             "to 0"
+        )
+    if config.rollout.ahead and config.batch.resample:
+        raise ValueError(
+            f"rollout.ahead is 1, but batch.resample = {config.batch.resample} samples several "
+            "times in a step, each time as rewards decide; set one of them to 0"
         )
     model_config = read_model_config(config.model.path)
     _check_model(config, model_config)

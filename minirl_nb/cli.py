@@ -439,12 +439,14 @@ def _run(name: str, words: list[str]) -> int:
     "Run a command and turn what went wrong into one sentence and an exit status."
     from transformers.utils import logging
 
+    from minirl_nb.ahead import SamplerError
     from minirl_nb.rollout import ParityError
     from minirl_nb.run import TrainingError
     from minirl_nb.vllm.requests import EngineError
 
     logging.disable_progress_bar()  # of loading and saving weights; the run has its own
-    stopped: tuple[Any, ...] = (ParityError, TrainingError, EngineError, FloatingPointError)
+    of_engines = (ParityError, EngineError, SamplerError, FloatingPointError)
+    stopped: tuple[Any, ...] = (TrainingError, *of_engines)
     wrong = (ValueError, FileNotFoundError, FileExistsError, NotImplementedError)
     wrong += (ConnectionError, ImportError, KeyError)
     command = COMMANDS[name]

@@ -104,6 +104,19 @@ LowPrecision = Literal[
     "fp8_per_block_cache",
 ]
 
+# %% ../nbs/14_config.ipynb #472e4a49
+def _check_ahead(ahead: int, engine: str, apart: bool) -> None:
+    "ValueError for another number than 0 and 1, or an engine that cannot sample meanwhile."
+    if ahead not in (0, 1):
+        raise ValueError(
+            f"rollout.ahead is {ahead}; it is 0 or 1: more would only be older, not sooner"
+        )
+    if ahead and engine == "vllm" and not apart:
+        raise ValueError(
+            "rollout.ahead is 1, but vLLM inside the trainer's processes takes turns with it "
+            "on the same devices; let servers sample (rollout.servers), or set it to 0"
+        )
+
 # %% ../nbs/14_config.ipynb #dc1c459d
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -137,6 +150,9 @@ class RolloutConfig:
     empty: vLLM runs beside it."""
     transfer_folder: str = "/dev/shm"
     """Where weights for servers are written: a folder that trainer and servers both see."""
+    ahead: int = 0
+    """1: the rollout of the next step is sampled while this one trains, with the weights from
+    before its updates (one step off; page 15g); 0: sampling and training take turns."""
 
     def __post_init__(self):
         _require(
@@ -159,6 +175,7 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.servers are vLLM's, but rollout.engine is {self.engine}; set it to vllm"
             )
+        _check_ahead(self.ahead, self.engine, apart=bool(self.servers))
 
     @property
     def ranks_per_engine(self) -> int:

@@ -19,7 +19,7 @@ rounded numbers.
 # %% auto #0
 __all__ = ['VLLM_SCHEMES', 'SCHEMES', 'ROUTERS', 'CARRIERS', 'Scheme', 'scheme', 'RoundingUnit',
            'expert_units', 'is_experts', 'targets', 'attentions', 'emulate', 'emulation', 'restore',
-           'paused', 'load_', 'emulated', 'WeightKind', 'dequantize', 'quantize',
+           'paused', 'is_paused', 'load_', 'emulated', 'WeightKind', 'dequantize', 'quantize',
            'round_activation', 'round_e4m3', 'round_weight_', 'token_scale', 'weight_scale']
 
 # %% ../nbs/08_fp8.ipynb #a7fb3af2
@@ -433,6 +433,12 @@ def paused(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for m, cls in zip(modules, rounded):
             m.__class__ = cls
+
+
+def is_paused(model: nn.Module) -> bool:
+    "Is an emulated model inside `paused`?"
+    modules = model._fp8_emulation.modules if emulation(model) is not None else []
+    return any(not type(m).__name__.startswith("FP8") for m in modules)
 
 # %% ../nbs/08_fp8.ipynb #5349832d
 @torch.no_grad()

@@ -348,13 +348,27 @@ _COST = (
         "Tokens of a phase over its time, all processes together.",
         "14h_measure",
     ),
-    Metric("peak_memory", "peak memory", "bytes", "The most that one process held.", "14g_run"),
+    Metric("peak_memory", "peak memory", "bytes", "The most that one process held.", "14c_world"),
 )
 _PLACE = (
     Metric("kind", "kind of row", "", '"step" or "evaluation".', "14f_report"),
     Metric("step", "gradient step", "", "Number of the gradient step, from 1.", "15_train"),
     Metric("rollout_step", "rollout step", "", "Number of the rollout step, from 1.", "15_train"),
     Metric("mini_batch", "mini-batch", "", "Place in its rollout step, from 0.", "15_train"),
+    Metric(
+        "version",
+        "version of the sampling weights",
+        "rollout steps",
+        "Rollout steps that the weights had behind them which sampled the responses.",
+        "15g_ahead",
+    ),
+    Metric(
+        "lag",
+        "age of the responses",
+        "rollout steps",
+        "Rollout steps between the weights that sampled and those that the step begins with.",
+        "15g_ahead",
+    ),
 )
 _OTHERS_SECONDS = {  # verl's names for phases of ours
     "seconds/generate": "timing_s/gen",

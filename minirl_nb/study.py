@@ -31,7 +31,6 @@ import os
 import platform
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -44,6 +43,7 @@ from typing import Any, Literal
 
 import yaml
 
+from .ahead import end_with_parent
 from .checkpoint import write_atomically
 from .config import RunConfig, config_yaml, load_config, read_shipped, shipped
 from .parity import ParityError
@@ -168,6 +168,7 @@ def code_hash(entry: str = "train") -> str:
 # was before them
 LATER_FIELDS: dict[str, Any] = {
     "batch.resample": 0,
+    "rollout.ahead": 0,
 }
 
 
@@ -225,17 +226,6 @@ def planned_runs(study: Study, name: str) -> list[PlannedRun]:
     return sorted(runs, key=lambda r: (place[r.setting], r.seed))
 
 # %% ../nbs/15a_study.ipynb #52f62b51
-def _end_with_parent(parent: int) -> None:
-    "In a worker: a thread that ends the process when the one that started it is gone."
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)  # a run is safe at any moment: its next start goes on from a checkpoint
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[bool]:
     "True for the one process that may write into a run folder; the kernel drops a dead one's lock."
@@ -349,7 +339,7 @@ def run_study(
     bar = tqdm(total=total, unit="step", desc=name, disable=not progress, smoothing=0.02)
     bar.n = bar.initial = sum(steps_done(r, root) for r in runs)
     me = (os.getpid(),)
-    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent, initargs=me)
+    pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent, initargs=me)
     with bar, pool:
         waiting: set[Future] = {pool.submit(run_one, r, root) for r in missing}
         try:

@@ -54,6 +54,7 @@ from minirl_nb.measure import (
     live_routes,
     log,
     monitored_rows,
+    readable,
     token_samples,
 )
 from .parallel import launched
@@ -61,8 +62,8 @@ from .report import RunResult, observers_of, plot_run, write_samples
 from .parity import widened
 from .resample import Drawn, resample
 from .rollout import Parity, Sampling, parity
-from .run import Run, Step, TrainingError, seed_of, timed, tune_allocator
-from .world import World, pretrained
+from .run import Run, Step, TrainingError, seed_of, timed
+from .world import World, pretrained, tune_allocator
 
 # %% ../nbs/15_train.ipynb #c77885ea
 # names that have moved, and are still found here
@@ -105,25 +106,18 @@ def sample(run: Run) -> Step:
     "Problems -> engine.generate -> Rollout -> task.verify -> reward, advantage."
     seconds: dict[str, float] = {}
     tokens = {"generate": 0}
-    n, bound = run.config.batch.prompts_per_rollout, run.config.batch.resample
-
-    def draw(first: int, count: int) -> Drawn:
-        return _draw(run, first, count, seconds, tokens)
-
     run.world.release_gathered(run.model)
-    with timed(seconds, "generate"):
-        run.engine.wake()
-    drawn, further, metrics = draw(0, n), 0, {}
-    if bound:
-        drawn, further, metrics = resample(drawn, draw, n, bound, run.world.gather)
-    with timed(seconds, "generate"):
-        run.engine.sleep()
+    further, metrics, sampled_in = 0, {}, None
+    if run.ahead:
+        drawn, sampled_in = _taken(run, seconds, tokens)
+    else:
+        drawn, further, metrics = _in_turn(run, seconds, tokens)
     with timed(seconds, "exchange"):
         rollout, advantage, minibatches = _share_out(run, drawn.rollout)
     return Step(
         rollout,
         advantage,
-        _readable(drawn.rollout, drawn.problems, drawn.texts),
+        readable(drawn.rollout, drawn.problems, drawn.texts),
         seconds,
         tokens,
         minibatches,
@@ -131,33 +125,80 @@ def sample(run: Run) -> Step:
         mu_valid=rollout.routes_valid,
         further=further,
         resampled=metrics,
+        sampled_in=sampled_in,
     )
 
 # %% ../nbs/15_train.ipynb #7e8051fd
-def _draw(run: Run, first: int, n: int, seconds: dict[str, float], tokens: dict[str, int]) -> Drawn:
-    "This rank's responses to n problems of the rollout step, from its number `first`, verified."
+def _in_turn(run: Run, seconds: dict, tokens: dict) -> tuple[Drawn, int, dict[str, float]]:
+    "Sample while nothing trains: what `resample` gives, or the first prompts as they are."
+    n, bound = run.config.batch.prompts_per_rollout, run.config.batch.resample
+
+    def draw(first: int, count: int) -> Drawn:
+        problems = run.next_problems(first, count, run.rollout_step)
+        with timed(seconds, "generate"):
+            rollout = _request(run, run.rollout_step, first, problems)()
+        tokens["generate"] += int(rollout.response_length.sum())
+        return _verified(run, rollout, first, problems, seconds)
+
+    with timed(seconds, "generate"):
+        run.engine.wake()
+    drawn, further, metrics = draw(0, n), 0, {}
+    if bound:
+        drawn, further, metrics = resample(drawn, draw, n, bound, run.world.gather)
+    with timed(seconds, "generate"):
+        run.engine.sleep()
+    return drawn, further, metrics
+
+
+def _taken(run: Run, seconds: dict, tokens: dict) -> tuple[Drawn, float | None]:
+    """What was sampled ahead, and the seconds of that. The next rollout begins, where a step will
+    want it."""
+    n = run.config.batch.prompts_per_rollout
+
+    def request(number: int) -> Callable[[], Rollout]:
+        return _request(run, number, 0, run.next_problems(0, n, number))
+
+    more = run.step + run.config.batch.updates < run.config.steps
+    with timed(seconds, "wait"):
+        rollout, sampled_in = run.ahead.next(run.rollout_step, request, more)
+    tokens["generate"] += int(rollout.response_length.sum())
+    problems = run.next_problems(0, n, run.rollout_step)
+    return _verified(run, rollout, 0, problems, seconds), sampled_in
+
+# %% ../nbs/15_train.ipynb #5d1c7a92
+def _request(run: Run, number: int, first: int, problems: list) -> Callable[[], Rollout]:
+    """What samples this rank's responses to problems of rollout step `number`, from the step's
+    problem `first`, with the weights that the engine has when it is called."""
     config, world = run.config, run.world
     per_engine = config.rollout.ranks_per_engine
-    problems, mine = run.next_problems(first, n), world.share(n, per_engine)
+    mine = world.share(len(problems), per_engine)
     sampling = Sampling(
         config.rollout.responses,
         config.rollout.temperature,
         config.rollout.max_new_tokens,
-        seed_of(config.seed, "rollout", run.rollout_step),
+        seed_of(config.seed, "rollout", number),
         (first + mine.start) * config.rollout.responses,
     )
-    with timed(seconds, "generate"):
-        rollout = run.engine.generate([run.encode(p) for p in problems[mine]], sampling)
+    prompts = [run.encode(p) for p in problems[mine]]
+
+    def respond() -> Rollout:
+        rollout = run.engine.generate(prompts, sampling)
+        if per_engine > 1:  # the ranks of one engine hold the same responses
+            rows = torch.arange(len(rollout))[world.rank % per_engine :: per_engine]
+            rollout = rollout.select(rows)
+        rollout.group = rollout.group + first + mine.start
+        return rollout
+
+    return respond
+
+
+def _verified(run: Run, rollout: Rollout, first: int, problems: list, seconds: dict) -> Drawn:
+    "Responses to problems of this rollout step, from its number `first`, with their rewards."
     if run.replay == "R3" and rollout.routes is None:
         raise TrainingError(
             f"objective.replay is R3, but {type(run.engine).__name__} gives no routes"
         )
-    if per_engine > 1:  # the ranks of one engine hold the same responses
-        rows = torch.arange(len(rollout))[world.rank % per_engine :: per_engine]
-        rollout = rollout.select(rows)
-    tokens["generate"] += int(rollout.response_length.sum())
-    of_row = [problems[mine.start + g] for g in rollout.group.tolist()]
-    rollout.group = rollout.group + first + mine.start
+    of_row = [problems[g - first] for g in rollout.group.tolist()]
     with timed(seconds, "verify"):
         texts = [
             run.task.decode(rollout.response(b).tolist(), run.tokenizer)
@@ -182,27 +223,6 @@ def _share_out(run: Run, rollout: Rollout) -> tuple[Rollout, Tensor, list[Tensor
     rollout, advantage = world.exchange_rows(rollout, advantage, to[rows])
     minibatch = minibatch[to == world.rank]
     return rollout, advantage, [(minibatch == i).nonzero()[:, 0] for i in range(updates)]
-
-
-def _readable(
-    rollout: Rollout, problems: list, texts: list[str], groups: int = 4, each: int = 4
-) -> list[list[str]]:
-    "Problem, answer, reward, length and text of some responses of this rollout step."
-
-    def clean(x) -> str:
-        return " ".join(str(x).split()).replace("|", "\\|")[:2000]
-
-    found = []
-    for g in rollout.group.unique()[:groups].tolist():
-        for b in (rollout.group == g).nonzero()[:each, 0].tolist():
-            cut = "" if rollout.finished[b] else " (cut)"
-            length = f"{int(rollout.response_length[b])}{cut}"
-            problem = problems[b]
-            reward = f"{rollout.reward[b]:g}"
-            found.append(
-                [clean(problem.problem), clean(problem.answer), reward, length, clean(texts[b])]
-            )
-    return found
 
 # %% ../nbs/15_train.ipynb #2a32ee1e
 @torch.no_grad()
@@ -360,7 +380,12 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 # %% ../nbs/15_train.ipynb #dca0e786
 def transfer(run: Run, seconds: dict[str, float]) -> Parity | None:
-    "Load the trainer's weights into the engine, then probe parity."
+    """Load the trainer's weights into the engine, then probe parity. Engine and trainer are of one
+    version here: what is sampled ahead has ended before, or begins later."""
+    if run.ahead:
+        with timed(seconds, "wait"):
+            run.ahead.wait()
+            run.world.gather(None)  # ranks may share servers: nobody's requests are under way
     with timed(seconds, "transfer"):
         run.engine.load(run.world.weights(run.model), run.rollout_step)
     with timed(seconds, "parity"):
@@ -396,8 +421,8 @@ def train(
     does not hold the trainer's weights; `TrainingError` where a number is not finite."""
     with launched(config) as world:
         run = Run(config, world, refuse, whole)
-        # whatever happens, the other ranks hear of it, and the engine gives back what it holds
-        with contextlib.closing(run.engine), _observing(run), world.announcing_errors():
+        # whatever happens, the other ranks hear of it, and the engine gives back what it has
+        with contextlib.closing(run), _observing(run), world.announcing_errors():
             if run.step == 0:
                 probe(run)
                 evaluate_run(run)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from minirl_nb.config import RunConfig, config_yaml
+from minirl_nb.config import RunConfig, config_yaml, load_config
 from minirl_nb.parsing import flatten, parse_config
 from minirl_nb.results import effects, outcomes, questions, results
 from minirl_nb.study import (
@@ -63,8 +63,9 @@ def test_code_and_config_tell_runs_apart(tmp_path):
         replace(run, code="other"),
         replace(run, config=replace(run.config, seed=1)),
         replace(run, config=replace(run.config, steps=7)),
+        replace(run, config=load_config(None, {"rollout.ahead": 1})),
     ]
-    assert len({r.folder(tmp_path) for r in [run, *others]}) == 4
+    assert len({r.folder(tmp_path) for r in [run, *others]}) == 5
     assert len(code_hash()) == 64 and code_hash() != code_hash("clipping")
 
 

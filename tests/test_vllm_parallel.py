@@ -19,7 +19,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from small_runs import free_port
+from small_runs import free_port, small
 from test_vllm import PROMPTS, ROUNDING, assert_same_function, engines, tiny  # noqa: F401 (engines is a fixture)
 
 from minirl_nb import batch
@@ -552,6 +552,28 @@ class TestApart:
         assert (
             len(served(servers.plain[:1], whole[1]).generate(PROMPTS, SAMPLING)) == len(PROMPTS) * N
         )  # the other one lives
+
+
+def test_a_run_one_step_off(coldstart, tmp_path):
+    """A server samples the next rollout while a step trains. With float32 on both sides `mu` is
+    `pi_old` to rounding where the version is the trainer's, and not where it is older."""
+    from transformers import AutoModelForCausalLM
+
+    from minirl_nb.train import train
+
+    apart = Servers(tmp_path)
+    try:
+        address = apart.start(AutoModelForCausalLM.from_pretrained(coldstart))
+        changes = {"rollout.engine": "vllm", "rollout.servers": [address], "rollout.ahead": 1}
+        changes |= {"rollout.fp8": "none", "rollout.max_new_tokens": 12, "evaluation.every": 0}
+        changes |= {"evaluation.numerics": "train", "rollout.max_batch": 32, "steps": 6}
+        rows = train(small(tmp_path / "run", coldstart, **changes)).steps()
+    finally:
+        apart.end()
+    assert [r["version"] for r in rows] == [0, 0, 0, 0, 1, 1]
+    assert [r["lag"] for r in rows] == [0, 0, 1, 1, 1, 1]
+    assert all(r["parity/k3"] < 1e-9 for r in rows)
+    assert all(r["k3"] < 1e-9 for r in rows[:2]) and all(r["k3"] > 1e-7 for r in rows[2:])
 
 
 def test_the_command_for_gpus():

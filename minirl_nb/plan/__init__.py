@@ -237,10 +237,20 @@ def _evaluation_hours(case: Case, engine: Engine, capacity: float) -> float:
     return rounds * seconds * (2 if evaluation.numerics == "both" else 1) / 3600
 
 
+def _step_seconds(case: Case, phases: list[Phase]) -> float:
+    """Seconds of a rollout step: the sum of its phases, or, one step off, the longer of sampling
+    and training, and the transfer."""
+    if not case.config.rollout.ahead:
+        return sum(phase.time for phase in phases)
+    taken = {phase.name: phase.time for phase in phases}
+    sampling, transfer = taken.pop("rollout"), taken.pop("transfer")
+    return max(sampling, sum(taken.values())) + transfer
+
+
 def _numbers(case: Case, phases: list[Phase], evaluation_hours: float) -> dict[str, float]:
     "What a run costs."
     updates, gpus = case.config.batch.updates, case.cluster.gpus
-    seconds = sum(phase.time for phase in phases)
+    seconds = _step_seconds(case, phases)
     hours = seconds * case.config.steps / updates / 3600 + evaluation_hours
     return {
         "responses": float(case.responses),

@@ -187,13 +187,16 @@ def memory_of_phases(
     routes = float(passes.micro.tokens * case.model.route_bytes) if replayed else 0.0
     largest = case.model.largest * case.compute_bytes
     common = (case, engine, passes)
-    found = {"rollout": _terms(*common, awake=True, cache=0.0 if engine.apart else cache)}
+    cache = 0.0 if engine.apart else cache
+    at_once = cache if case.config.rollout.ahead else 0.0  # what samples while a step trains
+    found = {"rollout": _terms(*common, awake=True, cache=cache)}
     if passes.recompute is not None:
         found["recompute"] = _terms(
             *common,
             working=passes.recompute.highest - passes.recompute.weights,
             layers=passes.small_recompute.highest - passes.small_recompute.weights,
             routes=routes,
+            cache=at_once,
         )
     return found | {
         "update": _terms(
@@ -203,6 +206,7 @@ def memory_of_phases(
             remainder="AdamW's temporaries" if in_step else "activations",
             gradients=update.gradients,
             routes=routes,
+            cache=at_once,
         ),
         "transfer": _terms(
             *common,

@@ -290,7 +290,8 @@ def engine_of(case: Case) -> Engine:
     dense = (model.parameters - model.experts - tables) * narrow + tables * compute_bytes
     tensor_parallel = rollout.tensor_parallel if case.uses_vllm else 1
     weights = (dense + model.experts * narrow) / tensor_parallel
-    if not case.uses_vllm and case.cluster.gpus == 1 and rollout.fp8 == "none":
+    alone = case.cluster.gpus == 1 and not rollout.ahead
+    if not case.uses_vllm and alone and rollout.fp8 == "none":
         weights = 0.0  # the trained model itself samples
     apart = bool(rollout.servers)
     number = len(rollout.servers) if apart else case.cluster.gpus // tensor_parallel

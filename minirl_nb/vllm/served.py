@@ -433,5 +433,8 @@ class ServedEngine(_ServedWeights):
         self.load(full_tensors(model) if weights is None else weights, version=0)
 
     def close(self) -> None:
-        "Nothing is given back: the servers go on, with the weights they have. The engine is done."
+        """Nothing is given back: the servers go on, with the weights they have. The engine is done,
+        and so are requests that are under way."""
         self._broken = self._broken or "it was closed"
+        for s in self.servers:
+            s.hang_up()

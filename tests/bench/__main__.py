@@ -1,6 +1,6 @@
 """`make bench`: the tables of the front page. One section: `make bench ARGS=engine`. `--json FILE`
-keeps the numbers. `limits` compares with what the machine can do; it needs 8 GB and half an
-hour, so it runs only where it is named.
+keeps the numbers. `limits` compares with what the machine can do, `ahead` two processes with one;
+they need 8 GB and half an hour, or two idle cores, so they run only where they are named.
 
 Every comparison alternates its sides within one process and takes the best of several rounds, so
 that a busy neighbour hurts both alike. Without TRL its row is left out and says so."""
@@ -430,8 +430,16 @@ def limits(rounds, layers=30):
     yield from _trl_rows("mixture", found, statistics.median, ">= 1.3")
 
 
+def ahead(rounds):
+    """A rollout step with sampling and training in turns, and one step off in two processes: paired
+    runs of the demo's recipe, medians."""
+    from tests.bench import bench_ahead
+
+    return bench_ahead.ahead(rounds)
+
+
 SECTIONS = {f.__name__: f for f in (engine, formats, step, replay, padding, trl, policy, verifier)}
-NAMED = {"limits": limits}  # run only where they are asked for
+NAMED = {"limits": limits, "ahead": ahead}  # run only where they are asked for
 
 
 def machine():
@@ -477,7 +485,7 @@ def main():
     for name in args.sections or SECTIONS:
         section = (SECTIONS | NAMED)[name]
         print(f"\n{name}: {section.__doc__.splitlines()[0]}", flush=True)
-        more = {"layers": args.layers} if name in NAMED else {}
+        more = {"layers": args.layers} if name == "limits" else {}
         for label, value, unit, goal in section(args.rounds, **more):
             print(
                 f"  {label:80s} {value:>12,.{0 if value >= 1000 else 3}f} {unit:10s} {goal}",
