@@ -1,7 +1,7 @@
 """**Claim.** A rollout that is sampled in another process, while this one trains, has the bits of
 one that is sampled here. Its process takes weights without a copy, ends with the one that started
-it, and says in one sentence why it ended earlier. A token that differs, or a process that is left,
-refutes it.
+it, and says in one sentence why it ended earlier. Refuted by: a token that differs, or a process
+that is left.
 
 This module holds `EngineProcess`, a `TorchEngine` whose sampling runs in a process of its own, and
 `Ahead`, which samples one rollout beside the trainer with any engine. What `rollout.ahead` costs

