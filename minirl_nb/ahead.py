@@ -301,8 +301,8 @@ class _Beginning(_Line):
 class EngineProcess(_Beginning):
     """`TorchEngine` with a process of its own that samples, on a CPU; otherwise the same.
 
-    model, fp8, routes, max_batch, tokenizer, eos_token_id: as for `TorchEngine`.
-    folder: in memory; the weights lie there in a file without a name.
+    model, tokenizer, eos_token_id and options (fp8, routes, max_batch, prefill_tokens): as for
+    `TorchEngine`. folder: in memory; the weights lie there in a file without a name.
 
     ValueError for a model on an accelerator, for one that its config does not describe, or where
     the folder has no room; SamplerError when the process has ended."""
@@ -310,12 +310,10 @@ class EngineProcess(_Beginning):
     def __init__(
         self,
         model: nn.Module,
-        fp8: str | None = None,
-        routes: bool = False,
-        max_batch: int = 512,
         tokenizer=None,
         eos_token_id: int | Sequence[int] | None = None,
         folder: str | Path = "/dev/shm",
+        **options: Any,
     ):
         if model.device.type != "cpu":
             raise ValueError(
@@ -323,9 +321,9 @@ class EngineProcess(_Beginning):
                 f"memory; the model is on {model.device}: let vLLM servers sample "
                 "(rollout.servers), or set it to 0"
             )
-        options = {"fp8": fp8, "routes": routes, "max_batch": max_batch}
         self._engine = TorchEngine(model, tokenizer=tokenizer, eos_token_id=eos_token_id, **options)
-        self.fp8, self.routes, self.max_batch = self._engine.fp8, routes, max_batch
+        self.fp8, self.routes = self._engine.fp8, self._engine.routes
+        self.max_batch = self._engine.max_batch
         # nobody samples while weights change
         self._lock, self._closed = threading.Lock(), False
         options |= {"eos_token_id": self._engine.eos.tolist(), "pad_token_id": self._engine.pad}

@@ -242,8 +242,10 @@ class _Computing:
         b = self.config.batch
         length = rollout.length[rows]
         cut = batch.microbatches(length, b.tokens, b.max_padding, packed=b.packed)
+        # a sampler that has failed ends the run here, not a step later: also where no row has
+        # signal, so that there is no micro-batch
         if self.ahead:
-            self.ahead.check()  # a sampler that has failed ends the run here, not a step later
+            self.ahead.check()
         for i in range(self.world.rounds(len(cut))):
             if self.ahead:
                 self.ahead.check()

@@ -42,6 +42,20 @@ def small(folder, model, **changes):
     return load_config(None, base | changes)
 
 
+class PowerCut(Exception):
+    "What `power_cut` ends a run with."
+
+
+def power_cut(step):
+    "An `on_step` that ends a run after this gradient step, as a cut would."
+
+    def cut(run):
+        if run.step == step:
+            raise PowerCut
+
+    return cut
+
+
 def metrics(folder):
     "Rows of a run without what the clock decides."
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

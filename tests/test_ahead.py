@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_qwen3_moe
-from small_runs import free_port, metrics, small
+from small_runs import PowerCut, free_port, metrics, power_cut, small
 from transformers import AutoModelForCausalLM
 
 from minirl_nb import run, train
@@ -243,16 +243,9 @@ def test_where_nothing_moves_both_ways_are_equal(tmp_path, coldstart):
 
 
 def test_stopped_and_resumed_is_uninterrupted(off, tmp_path, coldstart):
-    class PowerCut(Exception):
-        pass
-
-    def cut(state):
-        if state.step == 4:
-            raise PowerCut
-
     config = one_ahead(tmp_path / "run", coldstart)
     with pytest.raises(PowerCut):
-        train.train(config, on_step=cut)
+        train.train(config, on_step=power_cut(4))
     (part,) = checkpoints(config.output.folder)[-1].glob("ahead_*")
     assert load(part).policy_version == 1  # step 3, sampled while step 2 trained
     train.train(one_ahead(tmp_path / "run", coldstart, resume=True))

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from small_runs import metrics, small
+from small_runs import PowerCut, metrics, power_cut, small
 
 from minirl_nb import exact, tasks
 from minirl_nb.batch import Rollout
@@ -233,16 +233,9 @@ def test_a_batch_full_of_signal_is_the_run_without_the_setting(tmp_path, coldsta
 
 
 def test_a_resumed_run_repeats_one_that_was_not_stopped(resampled, tmp_path, coldstart):
-    class PowerCut(Exception):
-        pass
-
-    def cut(run):
-        if run.step == 6:
-            raise PowerCut
-
     changes = {"batch.resample": 5, "output.checkpoint_every": 4}
     with pytest.raises(PowerCut):
-        train(small(tmp_path / "run", coldstart, **changes), on_step=cut)
+        train(small(tmp_path / "run", coldstart, **changes), on_step=power_cut(6))
     train(small(tmp_path / "run", coldstart, **changes, resume=True))
     result, _ = resampled
     assert metrics(tmp_path / "run") == metrics(result.folder)

@@ -84,7 +84,6 @@ NO_NUMERICS = {
     "11b_vllm_names": "names of another package",
     "11c_vllm_emulation": "settings and messages",
     "11d_vllm_worker": "settings and messages",
-    "11e_vllm_transfer": "files and names",
     "11i_vllm_server": "processes and messages",
     "12b_pretrained": "files and messages",
     "12d_replay_at_depth": "recorded numbers",
@@ -574,7 +573,7 @@ def run(names, jobs, write=False, keep_seconds=False):
                 problems = page.problems(write)
                 running.remove(page)
                 mark = "FAIL" if problems else "ok  "
-                took = f"{page.seconds():.0f} s, {page.processor:.0f} s of the processor"
+                took = f"{measured[page.path.stem]:.0f} s, {page.processor:.0f} s of the processor"
                 print(f"  {mark} {page.path.name}  {took}", flush=True)
                 for said in problems:
                     print("    " + said.replace("\n", "\n    "), flush=True)

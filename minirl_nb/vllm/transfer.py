@@ -57,8 +57,7 @@ class Expected(NamedTuple):
     name: str
     answer: Tensor  # [rows, width]
     used: list[str]  # tensors that it depends on
-    rounding: Tensor | None = None  # [rows] its own error, as `row_errors` gives it; None: small
-
+    rounding: Tensor = torch.zeros(1)  # [rows or 1] its own error, as `row_errors` gives it
 
 
 def trainer_name(name: str) -> str:
@@ -107,7 +106,7 @@ class _SingleAnswers:
         answer = experts(question, ids, ones)
         if self.dtype == torch.float32:
             return Expected(name, answer, used)
-        return Expected(name, answer, used, row_errors(answer, experts.in_float32(question)))
+        return Expected(name, answer, used, row_errors(answer, experts.in_float32(question)).cpu())
 
     def _norm(self, name: str, weight: Tensor) -> Expected:
         x = random_question(1, len(weight), self.dtype, weight.device)
@@ -270,15 +269,12 @@ def _key(share: dict) -> str:
     return json.dumps(share, sort_keys=True)
 
 
-def beyond(errors: Tensor, tolerance: float, rounding: Tensor | None) -> Tensor:
+def beyond(errors: Tensor, tolerance: float, rounding: Tensor) -> Tensor:
     """[rows] errors, and 0 where rounding explains them.
 
     Both sides round, each by about as much, and the largest of many numbers is a matter of luck:
     four times the error of one side."""
-    allowed = torch.tensor(tolerance)
-    if rounding is not None:
-        allowed = (4 * rounding).cpu().clamp(min=tolerance)
-    return errors.where(~(errors <= allowed), 0.0)
+    return errors.where(~(errors <= (4 * rounding).clamp(min=tolerance)), 0.0)
 
 
 def _what_is_off(off: dict[str, Tensor], version: int) -> str:

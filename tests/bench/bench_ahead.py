@@ -7,6 +7,7 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -32,8 +33,8 @@ def a_run(number, rollout_steps):
     changes = {"rollout.ahead": number, "output.checkpoint_every": 0, "evaluation.every": 0}
     with tempfile.TemporaryDirectory() as d:
         config = demo(f"{d}/run", **changes)
-        steps = rollout_steps * config.batch.updates
-        result = train.train(demo(f"{d}/run", **changes, steps=steps), on_step=mark)
+        config = replace(config, steps=rollout_steps * config.batch.updates)
+        result = train.train(config, on_step=mark)
     rows = [r for r in result.steps() if r["mini_batch"] == 0]
     found = []
     for i in range(2, rollout_steps - 1):
