@@ -84,6 +84,7 @@ def run(tmp_path_factory):
             "evaluation.numerics": "rollout",
             "output.monitor": 0,
             "output.progress": False,
+            "output.figure": False,
             "output.samples_every": 0,
             "threads": 1,
         },
