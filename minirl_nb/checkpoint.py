@@ -54,6 +54,14 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return (checkpoints(folder) or [None])[-1]
 
 
+def _delete(checkpoint: Path) -> None:
+    "Take a checkpoint's name away, then its files: a part of one must not look like the whole."
+    nameless = checkpoint.with_name(checkpoint.name + ".deleted.tmp")
+    shutil.rmtree(nameless, ignore_errors=True)
+    checkpoint.rename(nameless)
+    shutil.rmtree(nameless)
+
+
 def read_ahead(checkpoint: Path, world: World, prompts: int) -> Rollout | None:
     """This rank's part of the rollout that a checkpoint has kept, whatever the number of processes
     that wrote it; None where there is none. `prompts`: of a rollout step."""
@@ -99,10 +107,11 @@ def begin_checkpoint(
         if not is_written(wait):
             return False
         if world.chief:
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                _delete(target)
             side.rename(target)
             for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+                _delete(old)
         return True
 
     return complete

@@ -153,3 +153,46 @@ def test_a_run_starts_from_another_runs_checkpoint_under_a_new_objective(
     with pytest.raises(ValueError, match="holds no optimizer.safetensors; model.path must be a"):
         train(small(tmp_path / "none", coldstart, **{"optimizer.from_checkpoint": True}))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_that_is_deleted_halfway_has_no_name(tmp_path, monkeypatch):
+    "A run that is killed while it deletes an old checkpoint leaves complete ones only."
+    from torch import nn
+
+    from minirl_nb import checkpoint
+
+    class Written:
+        def save_pretrained(self, folder):
+            (folder / "part").write_text("")
+            (folder / "other part").write_text("")
+
+    class OneProcess:
+        chief, rank = True, 0
+
+        def gather(self, x):
+            return [x]
+
+        def save(self, model, optimizer, folder):
+            return lambda wait: True
+
+    def killed(folder, ignore_errors=False):
+        if not ignore_errors:
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+        healthy(folder, ignore_errors=True)
+
+    model = nn.Linear(1, 1)
+    model.config = model.generation_config = Written()
+    healthy = checkpoint.shutil.rmtree
+    begin = [OneProcess(), model, None, Written(), tmp_path]
+    for step in (1, 2):
+        assert checkpoint.begin_checkpoint(*begin, {"step": step}, keep=2)(True)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    for step in (3, 2):  # the oldest of three, and one that is written again
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.begin_checkpoint(*begin, {"step": step}, keep=2)(True)
+        assert all(len(list(p.iterdir())) == 3 for p in checkpoints(tmp_path))
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000003"]
+    monkeypatch.undo()
+    assert checkpoint.begin_checkpoint(*begin, {"step": 2}, keep=2)(True)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002", "step_000003"]

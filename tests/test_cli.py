@@ -165,3 +165,11 @@ def test_mistakes_in_a_plan_are_one_sentence_and_status_two(words, said, capsys)
     assert main(["plan", *words]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and err.startswith("minirl: ")
+
+
+def test_the_page_of_the_command_line_has_a_row_for_every_command():
+    from pathlib import Path
+
+    page = Path(__file__).parent.parent / "nbs" / "17_cli.ipynb"
+    first = "".join(json.loads(page.read_text())["cells"][0]["source"])
+    assert set(re.findall(r"^\| `minirl (\w+)", first, re.M)) == set(COMMANDS)

@@ -97,6 +97,10 @@ def test_other_completions_than_the_watched_are_refused():
     drifted[0][1] = (drifted[0][1] + 1) % 48
     with pytest.raises(RuntimeError, match="not the completions that were watched"):
         seen.sampled(drifted)
+    last = [list(c) for c in completions]
+    last[1] = [*last[1][:3], (last[1][3] + 1) % 48]  # a last token that the model was fed
+    with pytest.raises(RuntimeError, match="completion 1 has token .* at 3"):
+        seen.sampled(last)
     with pytest.raises(RuntimeError, match="3 prompts and"):
         seen.sampled(completions[:2])
     longer = [[*c, 3, 3, 3, 3, 3, 3, 3, 3] for c in completions]

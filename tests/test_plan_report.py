@@ -56,6 +56,15 @@ def test_what_does_not_fit_is_said_with_the_knob_that_helps(mixture):
     )
 
 
+def test_the_knob_is_one_that_the_engine_has(mixture):
+    "The torch engine refuses rollout.tensor_parallel and reserves full length for max_batch."
+    tight = replace(Cluster.with_gpus("h100", 1), memory=Assumptions().context + 2**21)
+    changes = {"rollout.engine": "torch", "rollout.max_new_tokens": 4000}
+    found = plan.plan(small(mixture, **changes), tight, search=False)
+    of_cache = [w for w in found.warnings if "KV cache" in w]
+    assert of_cache and all("max_batch" in w and "tensor_parallel" not in w for w in of_cache)
+
+
 @pytest.mark.parametrize("setting", [{"objective.pi_old": "rollout"}, {}])
 def test_pi_old_that_takes_no_pass_of_its_own_costs_none(mixture, setting):
     "Two policies, and one update whose forward gives it. R2 must record before it replays."

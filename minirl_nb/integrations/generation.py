@@ -145,7 +145,7 @@ class watch_generation(_Watch):
             row[: len(tokens)] = torch.tensor(tokens)
         t = torch.arange(steps)
         fed = torch.cat(self._fed[1:] or [prompts[:, :0]], 1)  # [B, steps - 1]
-        differ = (fed != given[:, : steps - 1]) & (t[: steps - 1] < length[:, None] - 1)
+        differ = (fed != given[:, : steps - 1]) & (t[: steps - 1] < length[:, None])
         if differ.any():
             b, at = differ.nonzero()[0].tolist()
             raise RuntimeError(

@@ -238,6 +238,10 @@ def knob(term: str, config: RunConfig, cluster: Cluster) -> str:
         if expert >= 8:
             return "use GPUs with more memory"
         return f"raise parallel.expert from {expert}, so that each GPU gathers fewer experts"
+    if term == "KV cache" and rollout.engine == "torch":
+        return f"lower rollout.max_batch from {rollout.max_batch}, or rollout.max_new_tokens"
+    if term == "engine weights" and rollout.engine == "torch":
+        return "let vLLM sample (rollout.engine), on GPUs of its own (rollout.servers)"
     if term in ("KV cache", "engine weights"):
         return (
             f"raise rollout.tensor_parallel from {rollout.tensor_parallel}, or let vLLM sample on "
@@ -274,10 +278,11 @@ def _warn_of_cache(plan: Plan) -> Iterator[str]:
         )
     elif engine.evicted > engine.running / 4:
         at_once = max(1, int(n["cache tokens"] / (n["longest"] * plan.assume.mean_length)))
+        more = ", or raise rollout.tensor_parallel" if plan.config.rollout.engine == "vllm" else ""
         yield (
             "the KV cache is too small for the responses that run at once: "
             f"{engine.evicted} evictions of an engine a rollout step; lower rollout.max_batch to "
-            f"about {at_once}, or raise rollout.tensor_parallel"
+            f"about {at_once}{more}"
         )
 
 # %% ../../nbs/16f_report.ipynb #45615d4b
