@@ -103,7 +103,8 @@ def test_later_fields_count_once_they_are_set():
     text = yaml.safe_dump(tree, sort_keys=False)
     assert run.identity == hashlib.sha256(f"{text}\n{run.code}".encode()).hexdigest()
     for name, default in LATER_FIELDS.items():
-        set_one = parse_config(run.config, {name: default + 1}, "test")
+        other = not default if isinstance(default, bool) else default + 1
+        set_one = parse_config(run.config, {name: other}, "test")
         assert replace(run, config=set_one).identity != run.identity
 
 

@@ -161,6 +161,7 @@ def test_options_are_text_or_values():
     ] == [8, 0.5, True, False, None, "auto", {"a": 1}, 3]
 
 
+@pytest.mark.vllm  # the engine reads vLLM's variables first
 def test_routes_of_a_dense_model_are_refused_before_anything_starts(monkeypatch):
     from minirl_nb.vllm import engine
 
