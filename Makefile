@@ -1,4 +1,5 @@
-# Two commands matter: `make demo` trains a mixture-of-experts model on this machine's CPU in a few minutes, `make test` checks everything.
+# Two commands matter: `make demo` trains a mixture-of-experts model on this machine's CPU in a few minutes, `make test` checks the book
+# and the package. `make slow` adds what takes vLLM, pretrained models or many processes; CI runs both.
 # Both make .venv if it is missing. Needed: Python 3.11 or newer with venv, make, and a package index that pip reaches.
 # `make quick` runs the tests that take less than a minute.
 #
@@ -24,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 # tests under a minute: formulas, data types, problems, the tools
 QUICK := $(wildcard $(addprefix tests/test_,$(addsuffix .py,exact weights clipping batch outputs repository)))
 
-.PHONY: demo test quick venv dev vllm notebooks-clean exported readme-current guide-current lint types pages numerics unit
+.PHONY: demo test quick venv dev vllm notebooks-clean exported readme-current guide-current lint types pages numerics unit slow
 .PHONY: page record bench gpu verl coldstart smollm2 smollm2_sums site site-check clean
 
 demo: $(VENV)/.base $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
@@ -49,14 +50,18 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 pages: $(VENV)/.dev
-	$(BIN)/python tools/pages.py run --jobs $(WORKERS) $(PAGES)
+	$(BIN)/python tools/pages.py run --quick --jobs $(WORKERS) $(PAGES)
 # A second machine: without the processor's vector instructions torch rounds otherwise, and training and
 # sampling go other ways. What hangs on numerics has to hold there too.
 numerics: $(VENV)/.dev
-	ATEN_CPU_CAPABILITY=default $(BIN)/python tools/pages.py run --numerics --jobs $(WORKERS) $(PAGES)
-	ATEN_CPU_CAPABILITY=default $(PYTEST) -m numerics
-unit: $(VENV)/.dev $(VENV)/.vllm
-	$(PYTEST)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python tools/pages.py run --numerics --quick --jobs $(WORKERS) $(PAGES)
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "numerics and not slow"
+unit: $(VENV)/.dev
+	$(PYTEST) -m "not slow"
+slow: $(VENV)/.dev $(VENV)/.vllm
+	$(BIN)/python tools/pages.py run --slow --jobs $(WORKERS)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python tools/pages.py run --slow --numerics --jobs $(WORKERS)
+	$(PYTEST) -m slow
 
 # build one page from its text form: make page P=02_weights
 page: $(VENV)/.dev

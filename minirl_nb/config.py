@@ -347,6 +347,8 @@ class OutputConfig:
     """Also send metrics there, if it is installed."""
     progress: bool = True
     """Show a progress bar, or in a notebook a live plot."""
+    figure: bool = True
+    """Draw the curves of the run when it ends (figures/curves.png)."""
 
     def __post_init__(self):
         _require(

@@ -34,15 +34,12 @@ class Sampling:
 
     n: responses for each prompt.
     temperature: of the softmax; `logp_mu` is the log-probability at this temperature. 0 takes the
-        most likely
-        token, and `logp_mu` is then its log-probability at temperature 1.
+        most likely token, and `logp_mu` is then its log-probability at temperature 1.
     max_new_tokens: a response that has not ended by then is cut (`finished` is false).
     seed: of the whole call; request i (prompt i // n, sample i % n) draws from a stream of its own,
-        keyed by
-        (seed, first + i).
+        keyed by (seed, first + i).
     first: number of the call's first request. Ranks that share the prompts of a step number their
-        requests as
-        one process would.
+        requests as one process would.
 
     ValueError for n or max_new_tokens below 1, or a temperature that is negative or not a number.
     """
@@ -140,8 +137,8 @@ def choose(
         token = logp.argmax(-1)
     else:
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-        # rounding keeps the last value from being exactly 1: u is scaled by it, so that u < 1 finds
-        # a token
+        # rounding keeps the last value from being exactly 1: u is scaled by it, so that u < 1
+        # finds a token
         token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
         token = token.clamp_(max=logits.shape[-1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
@@ -173,8 +170,8 @@ class SlotLayer(CacheLayerMixin):
         if cache.position is None:  # prefill: kept until `rebuild` or `refill` gives it slots
             self.fresh = key_states, value_states
             return key_states, value_states
-        # a flat index_copy of rows (slot, head) is several times faster than k[slot, :, position] =
-        # ...
+        # a flat index_copy of rows (slot, head) is several times faster than an assignment to
+        # k[slot, :, position]
         for stored, states in ((self.k, key_states), (self.v, value_states)):
             size = stored.shape[3]
             flat = cache.flat[stored.shape[1]]
@@ -231,8 +228,8 @@ class SlotCache(Cache):
                     parts.append(old if keep is None else old.index_select(0, keep))
                 if fresh is not None:
                     parts.append(layer.fresh[i].index_select(0, fresh))
-                # padded with zeros: attention multiplies what it masks by zero, and 0 * NaN is not
-                # 0
+                # padded with zeros: attention multiplies what it masks by zero, and 0 * NaN is
+                # not 0
                 parts = [F.pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in parts]
                 setattr(layer, name, torch.cat(parts) if len(parts) > 1 else parts[0].contiguous())
 

@@ -45,8 +45,7 @@ class Engine(Protocol):
 
     def score(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
         """[B, T] log-probabilities (nats) of the rollout's sampled tokens, teacher-forced, under
-        the engine's
-        own weights and numerics."""
+        the engine's own weights and numerics."""
 
     def load(
         self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int
@@ -92,8 +91,8 @@ class Parity:
 
 
 # Largest 90% quantile of |logp - logp_mu| that equal precision may show. A log-probability near 10
-# has an ulp of 10
-# unit roundoffs; a forward pass adds some tens of roundings. float32: 10 x 6e-8 x 100 = 6e-5.
+# has an ulp of 10 unit roundoffs; a forward pass adds some tens of roundings. float32:
+# 10 x 6e-8 x 100 = 6e-5.
 _ROUNDING = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,

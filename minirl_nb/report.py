@@ -284,7 +284,7 @@ class RunResult:
     folder: Path
     rows: list[dict]  # the lines of metrics.jsonl
     evaluations: dict[int, dict[str, Any]]  # gradient step -> numerics -> evaluate.EvalResult
-    figure: Path
+    figure: Path | None  # None: not asked for
     replay: str
     stopped: bool = False  # before its last step, because it was asked to
 
@@ -340,9 +340,10 @@ def _report(result: RunResult) -> str:
         for k in last
     ]
     seconds = sum(r["seconds/step"] for r in steps)
+    figure = f"\nfigure:      {result.figure}" if result.figure else ""
     parts.append(
         f"{steps[-1]['step']} gradient steps in {seconds:.0f} s, routing replay: {result.replay}"
-        f"\nrun folder:  {result.folder}\nfigure:      {result.figure}\ncheckpoint:  {checkpoint}"
+        f"\nrun folder:  {result.folder}{figure}\ncheckpoint:  {checkpoint}"
     )
     parts.append(
         f"`minirl diagnose {result.folder}` says whether anything goes wrong,\n"

@@ -338,6 +338,7 @@ def rerun(
     config = parse_config(RunConfig(), yaml.safe_load(row["config"]), "row")
     changes = {"steps": steps, "output.folder": str(folder), "output.checkpoint_every": 0}
     changes |= {"evaluation.samples": 1, "evaluation.every": 0, "evaluation.numerics": "train"}
+    changes |= {"output.figure": False}
     found = train(parse_config(config, changes, "rerun"))
     return pd.DataFrame(found.steps())
 

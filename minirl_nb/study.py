@@ -169,6 +169,7 @@ def code_hash(entry: str = "train") -> str:
 LATER_FIELDS: dict[str, Any] = {
     "batch.resample": 0,
     "rollout.ahead": 0,
+    "output.figure": True,
 }
 
 
@@ -285,7 +286,8 @@ def run_one(run: PlannedRun, root: str | Path) -> str:
     """Bring one run to its end: "done", "failed" (its error is kept in failed.json), or "elsewhere"
     where another process is at it."""
     folder = run.folder(root)
-    output = replace(run.config.output, folder=str(folder))
+    # the study draws its own
+    output = replace(run.config.output, folder=str(folder), figure=False)
     config = replace(run.config, output=output, resume=True)
     with _only_writer(folder) as alone:
         if not alone:

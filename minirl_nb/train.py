@@ -484,11 +484,12 @@ def _asked_to_stop(run: Run) -> bool:
 
 def _finish(run: Run) -> RunResult:
     "What the run leaves, its figure and its result.json."
-    figure = run.folder / "figures" / "curves.png"
+    figure = run.folder / "figures" / "curves.png" if run.config.output.figure else None
     stopped = run.step < run.config.steps
     result = RunResult(run.folder, run.rows, run.evaluations, figure, run.replay, stopped)
     if run.world.chief:
-        plot_run(run.rows, figure)
+        if figure:
+            plot_run(run.rows, figure)
         summary = json.dumps(result.summary(), indent=1) + "\n"
         write_atomically(run.folder / "result.json", summary)
     return result

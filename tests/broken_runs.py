@@ -33,6 +33,7 @@ BASE = {
     "evaluation.samples": 1,
     "output.checkpoint_every": 0,
     "output.progress": False,
+    "output.figure": False,
     "output.monitor": 16,
     "output.samples_every": 24,
     "threads": 1,

@@ -61,6 +61,16 @@ NUMERICS = {
     "test_integrations.py": "watched log-probabilities, another recipe's gradients",
 }
 
+# Files that start servers, real models or many processes for what other tests hold on a smaller
+# scale. `make slow` runs them, with all tests that need vLLM and those marked one by one.
+SLOW = {
+    "test_gpu_acceptance.py": "the whole script for a graphics card, at small sizes",
+    "test_plan_rehearsal.py": "a model of a hundred million parameters",
+    "test_pretrained.py": "a pretrained model, fetched and read",
+    "test_real_depth.py": "a pretrained mixture of 30 layers",
+    "test_second_device.py": "runs on a second device",
+}
+
 
 # ------------------------------------------------------------------------------ order and markers
 def pytest_addoption(parser):
@@ -79,6 +89,8 @@ def pytest_collection_modifyitems(items):
         name = item.path.name
         if name in NUMERICS:
             item.add_marker(pytest.mark.numerics)
+        if name in SLOW or item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.slow)
     if "PYTEST_XDIST_WORKER" in os.environ:  # stable: the order within a file stays
         items.sort(key=lambda item: -known.get(item.path.name, UNKNOWN))
 

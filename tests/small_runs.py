@@ -34,6 +34,7 @@ def small(folder, model, **changes):
         "evaluation.every": 4,
         "output.checkpoint_every": 2,
         "output.progress": False,
+        "output.figure": False,
         "output.keep": 9,
         "output.samples_every": 4,
         "rollout.probe": 2,

@@ -37,9 +37,11 @@ KL = 1e-6
 
 
 def code():
-    "The code cells of the page."
+    "The code cells of the method: all but the one that checks the answers to the exercises."
     cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
-    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    sources = [("".join(c["source"]), c["cell_type"]) for c in cells]
+    exercises = next(i for i, (text, _) in enumerate(sources) if "## Exercises" in text)
+    return [text for text, kind in sources[:exercises] if kind == "code"]
 
 
 def page(*change):
@@ -84,6 +86,7 @@ def run(tmp_path_factory):
             "evaluation.numerics": "rollout",
             "output.monitor": 0,
             "output.progress": False,
+            "output.figure": False,
             "output.samples_every": 0,
             "threads": 1,
         },

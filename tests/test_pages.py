@@ -92,3 +92,13 @@ def test_the_pages_that_failed_are_named_at_the_end(said):
         "leaves.ipynb",
         "raises.ipynb",
     ]
+
+
+def test_every_page_is_either_quick_or_slow():
+    import pages
+
+    every, quick = pages.selected([]), pages.selected([], quick=True)
+    assert set(pages.SLOW) == set(every) - set(quick) == set(pages.selected([], slow=True))
+    assert pages.selected(["02_weights", "23_full_run"], quick=True) == ["02_weights"]
+    both = pages.selected([], numerics=True, quick=True)
+    assert set(both) == set(quick) - set(pages.NO_NUMERICS)

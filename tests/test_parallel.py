@@ -125,6 +125,7 @@ def given(tmp_path_factory):
         "batch.tokens": 512,
         "output.monitor": 8,
         "output.progress": False,
+        "output.figure": False,
     }
 
     def case(name, updates=1, replay="R3", share="balanced", config=(), **more):
@@ -144,60 +145,79 @@ def given(tmp_path_factory):
 
 
 SETTINGS = [(n, r) for n in (1, 4) for r in ("none", "R2", "R3")]
+REPLICAS, APART = {"parallel.shard": 1}, {"parallel.expert": 2}
+CHECKPOINTED = {"model.gradient_checkpointing": True}
 SHARED = {
-    **{f"balanced-N{n}-{r}": (n, r, dict()) for n, r in SETTINGS},
-    **{
-        f"cut-N{n}-{r}": (n, r, dict(share="cut")) for n, r in ((1, "R2"), (4, "R3"))
-    },  # groups split 2 to 5
-    **{
-        f"onerank-N{n}-{r}": (n, r, dict(share="one rank")) for n, r in ((4, "R2"), (1, "R3"))
-    },  # rank 1 computes padding only
+    "balanced-N4-R3": (4, "R3", dict()),
+    "cut-N1-R2": (1, "R2", dict(share="cut")),  # groups split 2 to 5
+    "onerank-N4-R2": (4, "R2", dict(share="one rank")),  # rank 1 computes padding only
+    "experts-N4-R3": (4, "R3", dict(config=APART)),
+    "replicas-N4-R3": (4, "R3", dict(config=REPLICAS, share="cut")),
+}
+SHARED_SLOW = {
+    **{f"balanced-N{n}-{r}": (n, r, dict()) for n, r in SETTINGS if (n, r) != (4, "R3")},
+    "cut-N4-R3": (4, "R3", dict(share="cut")),
+    "onerank-N1-R3": (1, "R3", dict(share="one rank")),
     "onerow-N1-R3": (1, "R3", dict(share="one row")),
-    "experts-N4-R3": (4, "R3", dict(config={"parallel.expert": 2})),
-    "experts-N1-R2": (1, "R2", dict(config={"parallel.expert": 2})),
-    "checkpointed-N1-R3": (1, "R3", dict(config={"model.gradient_checkpointing": True})),
-    "replicas-N1-R2": (1, "R2", dict(config={"parallel.shard": 1})),
-    "replicas-N4-R3": (4, "R3", dict(config={"parallel.shard": 1}, share="cut")),
-    "replicas-onerank-N4-R3": (4, "R3", dict(config={"parallel.shard": 1}, share="one rank")),
-    "replicas-checkpointed-N1-R3": (
-        1,
-        "R3",
-        dict(config={"parallel.shard": 1, "model.gradient_checkpointing": True}),
-    ),
+    "experts-N1-R2": (1, "R2", dict(config=APART)),
+    "checkpointed-N1-R3": (1, "R3", dict(config=CHECKPOINTED)),
+    "replicas-N1-R2": (1, "R2", dict(config=REPLICAS)),
+    "replicas-onerank-N4-R3": (4, "R3", dict(config=REPLICAS, share="one rank")),
+    "replicas-checkpointed-N1-R3": (1, "R3", dict(config=REPLICAS | CHECKPOINTED)),
 }
 
 
 # five steps of 6 prompts and at most 3 further ones use up the 48 that are given
 RESAMPLED = {"batch.resample": 3, "steps": 5}
-RESUMED = {"one": 1, "four": 4, "two": 2}  # a run's name: the processes it goes on with
+RESUMED = {"one": 1, "two": 2}  # a run's name: the processes it goes on with; "four" is slow
 
 
 @pytest.fixture(scope="module")
-def compared(given, silent):
-    """All runs of this file's comparisons. First alone, then on two processes, then again alone
-    and on four what was begun on two."""
+def alone(given):
+    "A function that makes the runs on one process that others are compared with, each once."
 
-    def resumed(k):
-        again = {"resume": True} | ({"parallel.shard": 2} if k == "four" else {})  # two copies
-        return given(f"resumed-{k}", 4, "R3", config=again)
+    def make(settings):
+        wanted = [(f"alone-N{n}-{r}", n, r) for n, r in settings]
+        work(1, [given(*w) for w in wanted if not (given.folder / w[0]).exists()], given.folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def compared(given, alone, silent):
+    """The runs of this file's quicker comparisons. First alone, then on two processes, then again
+    alone what was begun on two."""
+    alone(sorted({(n, r) for n, r, _ in SHARED.values()}))
+    resampling = [given(f"resampled-{k}", 1, "R3", config=RESAMPLED) for k in ("alone", "pair")]
+    work(1, resampling[:1], given.folder)
+    pairs = [given(name, n, r, **more) for name, (n, r, more) in SHARED.items()]
+    begun = [given(f"resumed-{k}", 4, "R3", stop=4, checkpoint=True) for k in RESUMED]
+    one, two = (given(f"resumed-{k}", 4, "R3", config={"resume": True}) for k in RESUMED)
+    work(2, [*pairs, resampling[1], *begun, two], given.folder)
+    work(1, [one], given.folder)
+    return given.folder
+
+
+@pytest.fixture(scope="module")
+def compared_slowly(given, alone):
+    "The other runs: what was begun on two processes goes on on four, with two copies."
 
     def from_one(config=(), **more):
         return given("from-one", 1, "R2", config=config, **more)
 
-    alone = [given(f"alone-N{n}-{r}", n, r) for n, r in SETTINGS]
-    resampling = [given(f"resampled-{k}", 1, "R3", config=RESAMPLED) for k in ("alone", "pair")]
-    work(1, [*alone, resampling[0], from_one(stop=2, checkpoint=True)], given.folder)
-    pairs = [given(name, n, r, **more) for name, (n, r, more) in SHARED.items()]
-    pairs.append(resampling[1])
-    begun = [given(f"resumed-{k}", 4, "R3", stop=4, checkpoint=True) for k in RESUMED]
-    replicas, apart = {"resume": True, "parallel.shard": 1}, {"resume": True, "parallel.expert": 2}
+    alone(SETTINGS)
+    work(1, [from_one(stop=2, checkpoint=True)], given.folder)
+    pairs = [given(name, n, r, **more) for name, (n, r, more) in SHARED_SLOW.items()]
+    begun = given("resumed-four", 4, "R3", stop=4, checkpoint=True)
+    replicas, apart = {"resume": True} | REPLICAS, {"resume": True} | APART
     spread = [
         from_one(config, stop=stop, checkpoint=True)
         for config, stop in ((replicas, 4), (apart, 5), (replicas, 7))
     ]
-    work(2, [*pairs, *begun, *spread, resumed("two")], given.folder)
-    work(1, [resumed("one"), from_one({"resume": True})], given.folder)
-    work(4, [resumed("four")], given.folder)
+    work(2, [*pairs, begun, *spread], given.folder)
+    work(1, [from_one({"resume": True})], given.folder)
+    copies = {"resume": True, "parallel.shard": 2}
+    work(4, [given("resumed-four", 4, "R3", config=copies)], given.folder)
     return given.folder
 
 
@@ -238,6 +258,13 @@ def test_two_processes_are_one(name, compared):
     assert_equal_runs(compared / f"alone-N{n}-{r}", compared / name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED_SLOW)
+def test_two_processes_are_one_in_every_setting(name, compared_slowly):
+    n, r, _ = SHARED_SLOW[name]
+    assert_equal_runs(compared_slowly / f"alone-N{n}-{r}", compared_slowly / name)
+
+
 def test_two_processes_replace_the_prompts_that_one_replaces(compared):
     """The ranks share further prompts, of which there may be fewer than ranks."""
     alone, pair = (compared / f"resampled-{k}" for k in ("alone", "pair"))
@@ -260,15 +287,22 @@ def test_a_comparison_would_notice(compared):
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_on_other_numbers_of_processes(name, compared):
     """Stopped at 4 of 8 steps on two processes, while weights change under the writer's hands;
-    resumed on one, on four, on two."""
+    resumed on one and on two."""
     assert (compared / f"resumed-{name}/checkpoints/step_000004/shards").is_dir()
     assert_equal_runs(compared / "alone-N4-R3", compared / f"resumed-{name}")
 
 
-def test_resumed_as_replicas_with_experts_apart_and_on_one_process(compared):
+@pytest.mark.slow
+def test_resumed_on_four_processes(compared_slowly):
+    assert (compared_slowly / "resumed-four/checkpoints/step_000004/shards").is_dir()
+    assert_equal_runs(compared_slowly / "alone-N4-R3", compared_slowly / "resumed-four")
+
+
+@pytest.mark.slow
+def test_resumed_as_replicas_with_experts_apart_and_on_one_process(compared_slowly):
     """Two steps on one process, two on two replicas, one with experts apart, two on replicas, one
     on one."""
-    assert_equal_runs(compared / "alone-N1-R2", compared / "from-one")
+    assert_equal_runs(compared_slowly / "alone-N1-R2", compared_slowly / "from-one")
 
 
 # ------------------------------------------------------------------------------------------ failures

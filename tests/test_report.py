@@ -1,5 +1,7 @@
 """What a run shows while it goes on."""
 
+from dataclasses import replace
+
 from small_runs import small
 
 from minirl_nb.train import train
@@ -33,6 +35,16 @@ def test_live_plot_in_a_notebook(tmp_path, coldstart):
     assert len(pictures) == 1 and "step/s" not in str(
         [o for o in outputs if o.output_type == "stream"]
     )
+
+
+def test_a_run_draws_its_curves_where_it_is_asked_to(tmp_path, coldstart):
+    words = {"steps": 2, "output.figure": True}
+    result = train(small(tmp_path / "run", coldstart, **words))
+    assert result.figure == tmp_path / "run" / "figures" / "curves.png"
+    assert result.figure.stat().st_size > 10_000
+    assert f"figure:      {result.figure}" in result.report()
+    silent = replace(result, figure=None).report()
+    assert "figure:" not in silent and "checkpoint:" in silent
 
 
 def test_auto_says_what_it_took(tmp_path, coldstart, capsys):

@@ -68,7 +68,7 @@ def test_run_folder(finished, coldstart):
         float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), start.parameters())
     ]
     assert max(moved) > 0 and len(AutoTokenizer.from_pretrained(newest)) == 16
-    assert finished.figure.stat().st_size > 10_000
+    assert finished.figure is None and not (folder / "figures").exists()
     summary = json.loads((folder / "result.json").read_text())
     assert summary["steps"] == 8 and [d["benchmark"] for d in summary["train"]] == [
         "easy",

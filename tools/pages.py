@@ -11,6 +11,7 @@
     python tools/pages.py run [names]         # each page in a process of its own, outputs compared
     python tools/pages.py run 11_vllm --flags vllm    # its cells that need vLLM too
     python tools/pages.py run --numerics      # only pages that hang on a processor's kernels
+    python tools/pages.py run --quick         # all but the slow ones; `--slow` runs those
 
 How outputs are compared, and the directives that allow a difference, stand in `outputs.py`. Text on
 stderr and pictures are never compared.
@@ -65,6 +66,9 @@ LIBRARIES = """
     torch.distributed.tensor transformers accelerate datasets pandas scipy.stats seaborn
     matplotlib.pyplot matplotlib_inline.backend_inline sympy tyro
 """.split()
+# Pages that start many processes or plan for many GPUs, one to two minutes of processor time each.
+# `run --quick` leaves them out, `run --slow` runs them alone
+SLOW = ["14d_parallel", "15g_ahead", "16g_plan", "16h_rehearsal", "23_full_run"]
 # Pages whose numbers cannot hang on a processor's kernels, and why; `run --numerics` skips them
 NO_NUMERICS = {
     "04c_ragged": "indices and bytes",
@@ -590,9 +594,15 @@ def run(names, jobs, write=False, keep_seconds=False):
     print(f"run: {count} pages in {time.time() - started:.0f} s")
 
 
-def numerics_pages():
-    """Names of the pages that compute with models or sampled numbers."""
-    return [p.stem for p in notebooks() if p.stem not in NO_NUMERICS]
+def selected(names, numerics=False, quick=False, slow=False):
+    """Names of the pages to run: those of `names`, or all, and of these only the pages that compute
+    with models or sampled numbers, all but the slow ones, or only those."""
+    found = [p.stem for p in notebooks(names)]
+    if numerics:
+        found = [n for n in found if n not in NO_NUMERICS]
+    if quick or slow:
+        found = [n for n in found if (n in SLOW) == slow]
+    return found
 
 
 # -------------------------------------------------------------------------------- text <-> notebook
@@ -684,10 +694,13 @@ def main():
     parser.add_argument(
         "--numerics", action="store_true", help="run the pages that hang on a processor's kernels"
     )
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--quick", action="store_true", help="run all pages but the slow ones")
+    part.add_argument("--slow", action="store_true", help="run the slow pages")
     parser.add_argument(
         "--record", action="store_true", help="keep the seconds of pages in tools/seconds.json"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     names = [n.removesuffix(".ipynb").removesuffix(".py").removeprefix("nbs/") for n in args.names]
     if args.flags:
         os.environ["PAGES_FLAGS"] = args.flags
@@ -700,9 +713,9 @@ def main():
     elif args.command == "readme":
         readme(args.check)
     elif args.command == "run":
-        wanted = (
-            [n for n in numerics_pages() if not names or n in names] if args.numerics else names
-        )
+        wanted = selected(names, args.numerics, args.quick, args.slow)
+        if not wanted:  # no names would mean all pages
+            sys.exit("run: none of these pages belongs to what was asked for")
         run(wanted, args.jobs, keep_seconds=args.record)
     elif args.command == "text":
         for name in names:

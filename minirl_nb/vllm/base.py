@@ -122,12 +122,11 @@ class _Requests(_EngineState):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """Sample `sampling.n` responses to each prompt (token ids); request i has a seed of its
-        own, made from
-        (seed, first + i). Without prompts, a rollout without rows.
+        own, made from (seed, first + i). Without prompts, a rollout without rows.
 
         ValueError for an empty prompt, one that leaves no room, or routes that cannot be right;
-        EngineError
-        where vLLM stops; FloatingPointError where the model gives numbers that are not finite."""
+        EngineError where vLLM stops; FloatingPointError where the model gives numbers that are not
+        finite."""
         prompts = [list(map(int, p)) for p in prompts]
         self._check_usable(complete=True)
         if not prompts:
@@ -153,8 +152,7 @@ class _Requests(_EngineState):
         """[B, T] log-probabilities of the sampled tokens, teacher-forced, in the engine's numerics.
 
         A temperature other than 1 asks vLLM for the whole distribution of every token, which is
-        meant for a
-        few sequences."""
+        meant for a few sequences."""
         self._check_usable()
         ends = rollout.length.tolist()
         rows = [rollout.tokens[b, :end].tolist() for b, end in enumerate(ends)]
@@ -183,10 +181,8 @@ class _Verified(_Requests):
         self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
     ) -> list[str]:
         """Ask every matrix inside vLLM what it makes of a fixed random input, and compare with the
-        trainer's
-        tensors, rounded as the engine should round them: these, or (None) those of the last
-            verified load.
-
+        trainer's tensors, rounded as the engine should round them: these, or (None) those of the
+        last verified load.
         ParityError names what is off; the names of tensors that could not be compared are
         returned."""
         expected = self._expected
@@ -209,8 +205,8 @@ class VLLMBase(_Verified):
     verification.
 
     A subclass says how requests get to vLLM (`_sample`, `_score`), how weights do (`_deliver`), how
-    matrices
-    are asked (`_ask`), and whose an error is where several processes load together (`_agree`)."""
+    matrices are asked (`_ask`), and whose an error is where several processes load together
+    (`_agree`)."""
 
     @torch.no_grad()
     def load(
@@ -222,16 +218,12 @@ class VLLMBase(_Verified):
         prefixes.
 
         A stream of (name, tensor) is taken one decoder layer at a time and always to its end, also
-        after an
-        error: where tensors are gathered as they are asked for, all processes gather all of them.
-            Of a
-        mapping everything is checked before anything is changed.
+        after an error: where tensors are gathered as they are asked for, all processes gather all
+        of them. Of a mapping everything is checked before anything is changed.
 
         KeyError or ValueError names a tensor that is missing, unknown or misshapen (after a stream
-        the engine
-        then waits for a complete load); ParityError (with `verify`) one that has not arrived as the
-        trainer
-        has it; EngineError where vLLM stops."""
+        the engine then waits for a complete load); ParityError (with `verify`) one that has not
+        arrived as the trainer has it; EngineError where vLLM stops."""
         if isinstance(named_tensors, Mapping):
             for problem in self.transfer.problems(named_tensors):
                 raise problem

@@ -181,8 +181,8 @@ class _Place(VLLMBase):
         """Around every call into vLLM.
 
         On a CPU the functions that it hands to `torch.compile` run as they are written: they are
-        small, and
-        compiling them needs a C++ compiler and takes longer than a test's engine lives."""
+        small, and compiling them needs a C++ compiler and takes longer than a test's engine
+        lives."""
         eager = torch.compiler.set_stance("force_eager") if self._cpu else contextlib.nullcontext()
         with quiet(), eager:
             yield
@@ -296,8 +296,7 @@ class _Memory(_Started):
 
     def _shut_down(self, core) -> None:
         """Engines of one process share vLLM's parallel groups, which a shutdown takes away from all
-        of them: the
-        last engine does it."""
+        of them: the last engine does it."""
         if self._inside and _here():
             return
         if self._inside and self._guest:
@@ -433,13 +432,11 @@ class VLLMEngine(_LocalRequests):
         to rounding only.
     verify: after each load, compare what every matrix makes of a random input with the trainer's.
     sleep_level: 1 keeps the weights in host memory during `sleep`; 2 drops them, which is less
-        memory where a
-        `load` always follows.
+        memory where a `load` always follows.
     progress: a progress bar on stderr; None shows it from 1,000 requests on, if stderr is a
         terminal.
     options: any argument of `vllm.LLM` (gpu_memory_utilization, enable_prefix_caching, ...), as
-        text from a
-        recipe or as a value.
+        text from a recipe or as a value.
 
     ImportError without vLLM; EngineError for a version of vLLM that is not known, or cannot return
     routes with these options; TypeError for routes of a dense model; ValueError for options that

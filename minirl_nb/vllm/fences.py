@@ -60,14 +60,18 @@ class Variables:
 
     def __init__(self):
         self._before: dict[str, str | None] = {}  # what was there; None: nothing
-        self._of_vllm: dict[str, str] = {}  # set again for the next engine: an import runs once
+        # what was there, and what vLLM set: set again for the next engine, as an import runs once
+        self._of_vllm: dict[str, tuple[str | None, str]] = {}
 
     @contextlib.contextmanager
     def starting(self, values: Mapping[str, str] | None = None) -> Iterator[None]:
         "vLLM's variables and `values`, which last as long as this fence."
         values = values or {}
         before = dict(os.environ)
-        os.environ.update(self._of_vllm | dict(values))
+        for name, (then, value) in self._of_vllm.items():
+            if before.get(name) == then:  # else somebody has chosen a value since
+                os.environ[name] = value
+        os.environ.update(values)
         try:
             yield
         finally:
@@ -79,12 +83,12 @@ class Variables:
                     _set_variable(name, then)
                 else:
                     self._before.setdefault(name, then)
-                    self._of_vllm[name] = now
+                    self._of_vllm[name] = then, now
 
     def restore(self) -> None:
         "Take vLLM's variables away."
         for name, value in self._before.items():
-            if os.environ.get(name) == self._of_vllm[name]:
+            if os.environ.get(name) == self._of_vllm[name][1]:
                 _set_variable(name, value)
         self._before.clear()
 

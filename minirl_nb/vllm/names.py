@@ -225,8 +225,7 @@ def check_version(table: tuple[Needed, ...] = ENGINE) -> str:
     """The version of the installed vLLM.
 
     ImportError where there is none; EngineError, naming version and name, where a name of the table
-    is gone
-    or takes other arguments."""
+    is gone or takes other arguments."""
     try:
         import vllm
     except ImportError as e:

@@ -238,8 +238,8 @@ class _ServedRequests(_Servers):
         self._check_holding()
 
         def one(i):
-            # a group stays together, so that its prompt is computed once; counted as one process
-            # would count
+            # a group stays together, so that its prompt is computed once; groups are counted as
+            # one process would count them
             group = (sampling.first + i) // sampling.n
             server = self.servers[group % len(self.servers)]
             body = {"token_ids": requests[i], "sampling_params": parameters[i]}
@@ -363,24 +363,20 @@ def _check_description(engine: "_Servers", server: Server, said: dict) -> None:
 # %% ../../nbs/11j_vllm_served.ipynb #d3f717a4
 class ServedEngine(_ServedWeights):
     """Rollouts by vLLM servers that run apart, behind `rollout.Engine`. In a process group every
-    rank makes it,
-    at the same time.
+    rank makes it, at the same time.
 
     addresses: http://host:port of each server, started as `serve_command` says. They are not the
-        engine's: it
-        never stops them.
+        engine's: it never stops them.
     model, tokenizer, fp8, routes, dtype, weights, verify: as for `VLLMEngine`.
     folder: a folder that the trainer's rank 0 and all servers see under the same name; a transfer
-        puts the
-        weights there for a moment.
+        puts the weights there for a moment.
     max_batch: most responses that one server has at once; the others wait here.
     timeout: seconds that one request may take, the longest response included.
     patience: seconds to wait at the start for servers that are still starting.
     command: what to type to start a server, for messages (`serve_command`).
 
     EngineError in one sentence for a server that does not answer, is another version, runs another
-    model, or
-    cannot do what is needed."""
+    model, or cannot do what is needed."""
 
     def __init__(
         self,

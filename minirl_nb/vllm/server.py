@@ -89,8 +89,7 @@ def serve_command(
     python: str = "python",  # the interpreter on the server's machine (CPU only)
 ) -> str:
     """The command that starts a vLLM server which `ServedEngine` can use with this config: vLLM's
-    own command
-    line, nothing hidden.
+    own command line, nothing hidden.
 
     ValueError for an address that is not http://host:port, or if there is none."""
     if address is None:

@@ -71,8 +71,7 @@ def askable(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 def share_of(kind: str, m: nn.Module) -> dict[str, Any]:
     """What of a matrix this worker holds: its number among how many, and rows of each fused part
-    and columns,
-    or the first row and the number of rows."""
+    and columns, or the first row and the number of rows."""
     if kind == "linear":
         rows = [int(n) for n in m.output_partition_sizes]
         return {"rank": m.tp_rank, "ranks": m.tp_size, "rows": rows, "columns": _columns(m)}
@@ -265,8 +264,7 @@ class WorkerMethods:
         on.
 
         The engine process between this worker and the trainer ends too, and the trainer's temporary
-        folders
-        are deleted."""
+        folders are deleted."""
         _end_with(trainer, folders)
 
 # %% ../../nbs/11d_vllm_worker.ipynb #04d4fcc1
