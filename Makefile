@@ -50,11 +50,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 pages: $(VENV)/.dev
-	$(BIN)/python tools/pages.py run --quick --jobs $(WORKERS) $(PAGES)
+	$(BIN)/python tools/pages.py run $(or $(PAGES),--quick) --jobs $(WORKERS)
 # A second machine: without the processor's vector instructions torch rounds otherwise, and training and
 # sampling go other ways. What hangs on numerics has to hold there too.
 numerics: $(VENV)/.dev
-	ATEN_CPU_CAPABILITY=default $(BIN)/python tools/pages.py run --numerics --quick --jobs $(WORKERS) $(PAGES)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python tools/pages.py run $(or $(PAGES),--quick) --numerics --jobs $(WORKERS)
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "numerics and not slow"
 unit: $(VENV)/.dev
 	$(PYTEST) -m "not slow"

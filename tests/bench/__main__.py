@@ -2,8 +2,9 @@
 keeps the numbers. `limits` compares with what the machine can do, `ahead` two processes with one;
 they need 8 GB and half an hour, or two idle cores, so they run only where they are named.
 
-Every comparison alternates its sides within one process and takes the best of several rounds, so
-that a busy neighbour hurts both alike. Without TRL its row is left out and says so."""
+Every comparison alternates its sides within one process and takes the best of several rounds
+(`formats`: the median of paired rounds), so that a busy neighbour hurts both alike. Without TRL its
+row is left out and says so."""
 
 import argparse
 import importlib.util
