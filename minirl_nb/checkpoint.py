@@ -55,8 +55,8 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Take a checkpoint's name away, then its files: a part of one must not look like the whole. What
-    a run that was killed in the middle of it has left goes first."""
+    """Take a checkpoint's name away, then its files: a part of one must not look like the whole.
+    What a run that was killed in the middle of it has left goes first."""
     for left in checkpoint.parent.glob("*.deleted.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     nameless = checkpoint.with_name(checkpoint.name + ".deleted.tmp")
