@@ -37,6 +37,8 @@ def objective_of(config: RunConfig) -> Objective:
         objective = replace(objective, weight=section.weight)
     if section.truncation is not None:
         objective = replace(objective, truncation=truncation(section.truncation))
+    if section.truncation_of is not None:
+        objective = replace(objective, truncation_of=section.truncation_of)
     if section.clip is False:
         objective = replace(objective, clip=None)
     if section.clip is True and objective.clip is None:

@@ -59,10 +59,18 @@ def _running(a: int, b: int) -> tuple[str, str]:
     return f"{a * u}+{a * t}", f"{p * t}+{q * t}={a * t}+{p * u}={a * t + p * u}+{q * u}"
 
 
+def _repeated(a: int, b: int) -> tuple[str, str]:
+    "The long working of `_columns`, each line of it three times: most tokens are copies."
+    lines = _columns(a, b)[1].split("=")
+    working = "=".join(line for line in lines for _ in range(3))
+    return working, working
+
+
 TEACHERS: dict[str, tuple[Callable[[int, int], tuple[str, str]], ...]] = {
     "columns": (_columns,),
     "rows": (_rows,),
     "running": (_running,),
+    "repeated": (_repeated,),
     "mixed": (_columns, _rows, _running),
 }
 
@@ -94,7 +102,7 @@ class ColdStartConfig:
     in place of a built-in teacher."""
     teacher: str = "columns"
     """Built-in teacher of the arithmetic task, by how it splits a product: columns, rows, running,
-    or mixed (all three)."""
+    mixed (all three), or repeated (columns, each line three times: long responses)."""
     corruption: float = 0.05
     """Share of the digits in a teacher's response that are replaced by a random digit."""
     traces_per_problem: int = 16

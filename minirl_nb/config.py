@@ -131,6 +131,9 @@ class RolloutConfig:
     """G, responses of each prompt: the group within which advantages are computed."""
     temperature: float = 1.0
     """Sampling temperature; log-probabilities of training are at this temperature too."""
+    floor: float = 0.0
+    """For experiments: the torch engine's probabilities p become (1 - floor) p + floor / V, so no
+    token is rarer than floor / V (page 04b). Evaluations sample without it."""
     max_new_tokens: int = 64
     """Longest response; a longer one is cut and counts as it stands."""
     end_tokens: tuple[int, ...] = ()
@@ -174,6 +177,13 @@ class RolloutConfig:
         if self.servers and self.engine != "vllm":
             raise ValueError(
                 f"rollout.servers are vLLM's, but rollout.engine is {self.engine}; set it to vllm"
+            )
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"rollout.floor is {self.floor}; it must lie in [0, 1)")
+        if self.floor and (self.engine != "torch" or self.probe):
+            raise ValueError(
+                f"rollout.floor is {self.floor}, which the torch engine alone knows and the parity "
+                "probe does not; set rollout.engine to torch and rollout.probe to 0"
             )
         _check_ahead(self.ahead, self.engine, apart=bool(self.servers))
 
@@ -250,6 +260,9 @@ class ObjectiveConfig:
     truncation: str | None = None
     """Tail of the weight: "none", "tis:5", "mis:2", "icepop:0.5,5", "clamp:0.8,1.27",
     "gamma:2,3,3,2", ...; None: the preset's."""
+    truncation_of: Literal["weight", "discrepancy"] | None = None
+    """What is truncated: the whole weight, or its train-inference factor alone, as the literature
+    defines TIS, MIS and IcePop; None: the preset's (weight)."""
     clip: bool | None = None
     """Whether tokens outside the trust region lose their gradient (MiniRL's mask M_t);
     None: as the preset."""

@@ -15,6 +15,7 @@ __all__ = ['Sampling', 'end_tokens', 'padding_token', 'RequestStreams', 'choose'
            'rounded_capacity', 'SlotLayer', 'SlotCache', 'slot_attention']
 
 # %% ../nbs/10_decoding.ipynb #1d7e305b
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,12 +37,14 @@ class Sampling:
     temperature: of the softmax; `logp_mu` is the log-probability at this temperature. 0 takes the
         most likely token, and `logp_mu` is then its log-probability at temperature 1.
     max_new_tokens: a response that has not ended by then is cut (`finished` is false).
+    floor: the engine's probabilities p become (1 - floor) p + floor / V, `logp_mu` included.
     seed: of the whole call; request i (prompt i // n, sample i % n) draws from a stream of its own,
         keyed by (seed, first + i).
     first: number of the call's first request. Ranks that share the prompts of a step number their
         requests as one process would.
 
-    ValueError for n or max_new_tokens below 1, or a temperature that is negative or not a number.
+    ValueError for n or max_new_tokens below 1, a temperature that is negative or not a number, and
+    a floor outside [0, 1) or at temperature 0.
     """
 
     n: int = 1
@@ -49,6 +52,7 @@ class Sampling:
     max_new_tokens: int = 64
     seed: int = 0
     first: int = 0
+    floor: float = 0.0
 
     def __post_init__(self):
         if self.n < 1:
@@ -57,6 +61,10 @@ class Sampling:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens} must be positive")
         if not self.temperature >= 0:
             raise ValueError(f"temperature = {self.temperature} must not be negative")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor = {self.floor} must lie in [0, 1)")
+        if self.floor and not self.temperature:
+            raise ValueError("floor needs a temperature: at 0 only the most likely token is taken")
 
 # %% ../nbs/10_decoding.ipynb #83727435
 def _as_list(tokens: int | Sequence[int] | None) -> list[int]:
@@ -128,11 +136,15 @@ def choose(
     logits: Tensor,  # [b, V]
     u: Tensor,  # [b] uniform numbers in [0, 1)
     temperature: float,  # 0 takes the most likely token
+    floor: float = 0.0,  # of `Sampling`
 ) -> tuple[Tensor, Tensor]:  # tokens int64 [b], their log-probabilities float32 [b]
     """Sample by inverting the cumulative distribution: the first token v with cdf(v) > u.
 
     One uniform number decides one token."""
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    if floor:
+        lowest = torch.full_like(logp, math.log(floor / logp.shape[-1]))
+        logp = torch.logaddexp(logp + math.log1p(-floor), lowest)
     if temperature == 0:
         token = logp.argmax(-1)
     else:

@@ -265,14 +265,14 @@ class _Call(_Admission):
 
     def sample(self) -> None:
         "One token for every slot."
-        slots, out = self.slots, self.results
+        slots, out, sampling = self.slots, self.results, self.sampling
         r, p = slots.request, slots.position
         u = self.streams.at(r, slots.age, int(slots.age.max()))
-        self.token, logp = choose(slots.logits, u, self.sampling.temperature)
+        self.token, logp = choose(slots.logits, u, sampling.temperature, sampling.floor)
         out.tokens[r, p], out.logp[r, p], out.length[r] = self.token, logp, p + 1
         stop = torch.isin(self.token, self.engine.eos)
         out.finished[r] = stop
-        done = stop | (slots.age + 1 >= self.sampling.max_new_tokens)
+        done = stop | (slots.age + 1 >= sampling.max_new_tokens)
         slots.request = torch.where(done, self.requests, r)
         slots.dead = int((slots.request == self.requests).sum())
 

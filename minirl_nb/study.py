@@ -170,6 +170,8 @@ LATER_FIELDS: dict[str, Any] = {
     "batch.resample": 0,
     "rollout.ahead": 0,
     "output.figure": True,
+    "rollout.floor": 0.0,
+    "objective.truncation_of": None,
 }
 
 
@@ -370,13 +372,14 @@ def status(name: str | Path, root: str | Path = "runs/studies") -> str:
     "A table: for each setting and arm the runs by state, and the share of steps done."
     study, name = load_study(name), Path(name).stem
     runs = planned_runs(study, name)
-    lines = [f"{'setting':14s}{'arm':18s}{'done':>6}{'failed':>8}{'started':>9}{'missing':>9}"]
+    a, b = (2 + max(map(len, names)) for names in (study.settings, study.arms))
+    lines = [f"{'setting':{a}}{'arm':{b}}{'done':>6}{'failed':>8}{'started':>9}{'missing':>9}"]
     for setting in study.settings:
         for arm in study.arms:
             own = [r for r in runs if (r.setting, r.arm) == (setting, arm)]
             n = count_states(own, root)
             cells = f"{n['done']:6d}{n['failed']:8d}{n['started']:9d}{n['missing']:9d}"
-            lines.append(f"{setting:14s}{arm:18s}{cells}")
+            lines.append(f"{setting:{a}}{arm:{b}}{cells}")
     done = sum(steps_done(r, root) for r in runs)
     total = sum(r.config.steps for r in runs)
     lines.append(f"{done} of {total} gradient steps")

@@ -178,6 +178,7 @@ def _request(run: Run, number: int, first: int, problems: list) -> Callable[[], 
         config.rollout.max_new_tokens,
         seed_of(config.seed, "rollout", number),
         (first + mine.start) * config.rollout.responses,
+        config.rollout.floor,
     )
     prompts = [run.encode(p) for p in problems[mine]]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minirl_nb.decoding import RequestStreams, Sampling, choose, end_tokens, padding_token
+from minirl_nb.exact import floored
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,19 @@ def test_choose_inverts_the_distribution_and_gives_its_log_probability(temperatu
     # float32 log-softmax of numbers below 4: some roundings of 2^-22
     assert (logp.double() - p.log()[token]).abs().max() < 1e-6
     assert choose(logits, torch.tensor([0.0]), 0.0)[0].item() == 2
+
+
+def test_a_floor_is_sampled_and_reported():
+    """(1 - floor) p + floor / V, as `exact.floored` has it: the shares of many draws are these
+    probabilities, and log-probabilities are their logarithms."""
+    p = torch.tensor([[0.9, 0.1, 0.0, 0.0]])
+    mixed = 0.8 * p[0] + 0.2 / 4
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    token, logp = choose(p.log().expand(10_000, 4), u, 1.0, floor=0.2)
+    # a token's share of an even grid is its probability within one point of the grid
+    assert (torch.bincount(token, minlength=4) / 10_000 - mixed).abs().max() <= 1e-4
+    torch.testing.assert_close(logp.exp(), mixed[token])
+    torch.testing.assert_close(floored(p.log(), 0.2)[0].exp(), mixed)
+    for wrong in ({"floor": 1.0}, {"floor": -0.1}, {"floor": 0.1, "temperature": 0.0}):
+        with pytest.raises(ValueError, match="floor"):
+            Sampling(**wrong)

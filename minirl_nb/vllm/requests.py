@@ -153,7 +153,11 @@ def request_seeds(seed: int, first: int, requests: int) -> list[int]:
 def request_parameters(
     sampling: Sampling, end_tokens: Sequence[int], prompts: int
 ) -> list[dict[str, Any]]:
-    "vLLM's sampling parameters for the n responses to each of so many prompts, prompt by prompt."
+    """vLLM's sampling parameters for the n responses to each of so many prompts, prompt by prompt.
+
+    ValueError for a floor, which vLLM has not."""
+    if sampling.floor:
+        raise ValueError(f"vLLM knows no floor, and floor is {sampling.floor}")
     common = dict(
         temperature=sampling.temperature,
         top_p=1.0,
