@@ -41,6 +41,7 @@ from pathlib import Path
 
 import leftovers
 from outputs import difference, directives
+from pictures import with_palettes
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB, PROC = ROOT / "nbs", ROOT / "minirl_nb", ROOT / "_proc"
@@ -539,7 +540,8 @@ class _Running:
             printed = self.result.with_suffix(".out").read_text()[-6000:]
             found.append(f"exit status {self.status}\n{printed}")
         elif write:
-            self.path.write_text(self.result.read_text(encoding="utf-8"), encoding="utf-8")
+            made = with_palettes(self.result.read_text(encoding="utf-8"))
+            self.path.write_text(made, encoding="utf-8")
         else:
             stored, fresh = (json.loads(p.read_text()) for p in (self.path, self.result))
             found += compare(stored, fresh)
