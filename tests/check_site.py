@@ -136,8 +136,8 @@ class Visitor:
         parts = urlsplit(link)
         file = self.folder / unquote(parts.path).lstrip("/")
         file = file / "index.html" if file.is_dir() else file
-        there = file.is_file() and (not parts.fragment or unquote(parts.fragment) in anchors(file))
-        return not there
+        exists = file.is_file() and (not parts.fragment or unquote(parts.fragment) in anchors(file))
+        return not exists
 
     def look(self, place):
         "What is wrong with one page, as a list of sentences."

@@ -225,7 +225,7 @@ def test_sentences_use_plain_words(path):
 def test_a_rollout_step_takes_one_module_per_phase_below_the_loop():
     "The path that the front page names: every phase of the loop, one module each, in lower pages."
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    (path,) = re.findall(r"One rollout step takes one module per phase, .*?: (.*?)\. ", text)
+    (path,) = re.findall(r"Each phase of a rollout step has its own module, .*?: (.*?)\. ", text)
     named = re.findall(r"(\w+) in `([\w.]+)`", path)
     assert len(named) == path.count("`") // 2  # nothing but a phase and its room
     assert [phase for phase, _ in named] == ["sample", "verify", "recompute", "update", "transfer"]
