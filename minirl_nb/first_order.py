@@ -1,9 +1,9 @@
 r"""**Claim.** On responses of the very policy that is updated, the token-level surrogate has the
-gradient of the expected reward; away from there the two *objectives* part in second order of the
-shift, but their *gradients* already in first order, and both leading terms have a closed form.
-Refuted by: gradients that differ by more than $10^{-12}$ where $\theta = \theta_{old}$ and $\mu =
-\pi$; a slope other than 2 and 1 away from there; a remainder of the closed forms that is not one
-order smaller.
+gradient of the expected reward. Away from there the difference of the two *objectives* is of second
+order in the shift, but the difference of their *gradients* is of first order. Both leading terms
+have a closed form. Refuted by: gradients that differ by more than $10^{-12}$ where $\theta =
+\theta_{old}$ and $\mu = \pi$; a slope other than 2 and 1 away from there; a remainder of the closed
+forms that is not one order smaller.
 
 Words: $\mu$ is the rollout engine that samples the responses, $\pi_\theta$ the policy that is
 trained, $\theta_{old}$ its parameters when the responses were sampled. The *shift* of a token is

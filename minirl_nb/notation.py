@@ -1,6 +1,6 @@
-"""**Claim.** What people and models type for the same number, set or relation becomes the same text
-here, and different things stay different. Refuted by: two typings of one number that stay apart, or
-one text for two numbers.
+"""**Claim.** The ways in which people and models type one expression become one text here, and
+different expressions stay different texts. Refuted by: two typings of one expression that stay
+apart, or one text for two numbers.
 
 math-verify reads well-formed LaTeX. Answers are also typed as Markdown, as plain text, with units
 and currencies, with thousands separated in six ways, and with the full stop of the sentence inside

@@ -283,13 +283,16 @@ def curves(table: pd.DataFrame, outcome: str = "accuracy/train") -> pd.DataFrame
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/15b_results.ipynb #ae9c9633
+_ACROSS = 3  # panels beside each other: on the width of a page their labels can be read
+
+
 def plot_study(
     table: pd.DataFrame,
     settings: Sequence[str] | None = None,  # rows of the figure; None: all
     arms: Sequence[str] | None = None,
     outcome: str = "accuracy/train",
 ):  # the figure
-    "Mean and 95% interval over seeds of each arm, a row of panels for each setting."
+    "Mean and 95% interval over seeds of each arm, the panels of each setting together."
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -298,24 +301,26 @@ def plot_study(
     drawn = curves(table[table["setting"].isin(settings) & table["arm"].isin(arms)], outcome)
     looks = theme.looks(arms)
     with theme.themed():
-        size = (2.6 * len(PANELS), 2.3 * len(settings) + 0.4)
-        fig, axes = plt.subplots(len(settings), len(PANELS), figsize=size, dpi=60, squeeze=False)
-        for row, setting in zip(axes, settings):
+        rows = -(-len(PANELS) // _ACROSS) * len(settings)
+        size = (2.6 * _ACROSS, 2.1 * rows + 0.4)
+        fig, axes = plt.subplots(rows, _ACROSS, figsize=size, dpi=80, squeeze=False)
+        for row, setting in zip(axes.reshape(len(settings), -1), settings):
+            for ax in row[len(PANELS) :]:
+                ax.axis("off")
             for ax, panel in zip(row, PANELS):
                 own = drawn[(drawn["setting"] == setting) & (drawn["panel"] == panel)]
                 for arm in arms:
                     columns = {"x": "step", "y": "value", "errorbar": _t_band, "ax": ax}
                     sns.lineplot(own[own["arm"] == arm], **columns, **looks[arm])
-                ax.set(xlabel="", ylabel="", title=f"{setting}: {_title(panel)}")
+                head = f"{setting}\n" if len(settings) > 1 else ""
+                ax.set(xlabel="gradient step", ylabel="", title=head + _title(panel))
                 ax.title.set_fontsize(8)
                 if panel == "kl":
                     ax.set_yscale("log")
                 if panel == "validity/local_shift":
                     ax.axhline(VALIDITY_LIMIT, color=theme.LIMIT, lw=0.8, ls="--")
-        for ax in axes[-1]:
-            ax.set_xlabel("gradient step")
         handles = [plt.Line2D([], [], label=a, **looks[a]) for a in arms]
-        fig.legend(handles=handles, loc="outside lower center", ncols=len(arms))
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(arms)))
     return fig
 
 # %% ../nbs/15b_results.ipynb #7b1dca5e

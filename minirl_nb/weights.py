@@ -1,12 +1,12 @@
 r"""**Claim.** The weight of a token is exactly a training-inference discrepancy times a policy
 staleness (Eq. 5), and each factor is one when its cause is absent. The product of the weights over
 a response corrects the gradient without bias, but its variance grows geometrically with the length.
-So from some length on the biased token weight is the better estimator than this product, the
-sequence weight: from 3 to 17 tokens on, for the three sizes of engine error and up to 1,024
-responses tried here. Refuted by: a listed response whose factors do not multiply to its weight, a
-cause that shows in the wrong factor, a variance that does not grow at the rate $\log(1+\chi^2)$ to
-a factor of two, a discrepancy with no such length up to 17, or a longer listed length at which the
-sequence weight wins again.
+So from some length on the token weight, although biased, gives a better estimate than this product,
+the sequence weight. That length lies between 3 and 17 tokens for the three sizes of engine error
+and the 16 to 1,024 responses tried here. Refuted by: a listed response whose factors do not
+multiply to its weight, a cause that shows in the wrong factor, a variance that does not grow at the
+rate $\log(1+\chi^2)$ to a factor of two, a discrepancy with no such length up to 17, or a longer
+listed length at which the sequence weight wins again.
 
 Expectations on this page are exact: its policies are *listed* (page `00_exact`), which means so
 small that all their responses can be written down and summed over. This module holds the likelihood

@@ -3,7 +3,7 @@
     python tests/broken_runs.py               # record all into data/diagnosis.json (15 minutes)
     python tests/broken_runs.py cap scale     # or some of them anew
 
-Each run trains the shipped cold start for 48 gradient steps, two of them for more. What is kept are the
+Each run trains the shipped cold start for 48 gradient steps, three of them for more. What is kept are the
 columns that the rules read, with four digits.
 """
 
@@ -135,7 +135,7 @@ BROKEN = {
     "scale": (PATIENT, double_one_scale),
     "engine": ({}, engine_drifts),
     "router": (R2 | {"objective.replay": "none"}, one_router_drifts),
-    "transfer": ({"rollout.probe": 32}, transfers_get_worse),
+    "transfer": ({"rollout.probe": 32, "steps": 80}, transfers_get_worse),
     "truncation": ({"objective.truncation": "tis:1.02"}, None),
     "cap": ({"rollout.max_new_tokens": 12}, None),
     "few problems": (
@@ -159,7 +159,7 @@ DIAGNOSES = {
     "scale": ({"discrepancy", "validity"}, "discrepancy"),
     "engine": ({"discrepancy", "validity"}, "discrepancy"),
     "router": ({"layer", "discrepancy"}, "discrepancy"),
-    "transfer": ({"discrepancy"}, "discrepancy"),
+    "transfer": ({"discrepancy", "parity", "validity"}, "discrepancy"),
     "truncation": ({"truncated"}, "truncated"),
     "cap": ({"cut"}, "cut"),
     "few problems": ({"entropy falls", "equal groups"}, "entropy falls"),

@@ -51,7 +51,11 @@ def test_parts_follow_the_map_and_ranges_are_whole():
         ("[a](02_weights.ipynb)", PAGE, "[a](02_weights.md)"),
         ("[a](02_weights.ipynb#kl)", PAGE, "[a](02_weights.md#kl)"),
         ("[a](../LOG.md)", PAGE, "[a](LOG.md)"),
-        ("![a](../data/demo/curves.png)", "index.md", "![a](data/demo/curves.png)"),
+        (
+            "![a](../data/demo/curves.png)",
+            "index.md",
+            "[![a](data/demo/curves.png)](data/demo/curves.png)",
+        ),
         ("[a](nbs/02_weights.ipynb)", "LOG.md", "[a](02_weights.md)"),
         ("[a](https://arxiv.org/abs/2512.01374)", PAGE, "[a](https://arxiv.org/abs/2512.01374)"),
         ("`x[a](b.ipynb)`", PAGE, "`x[a](b.ipynb)`"),
@@ -119,6 +123,13 @@ def test_the_mark_of_exported_code_names_its_file():
     )
     plain = {"cell_type": "code", "source": json.loads('"x = 1"')}
     assert website.code_block(plain, "vllm.engine") == "```python\nx = 1\n```"
+
+
+def test_long_lines_are_broken_in_prose_and_kept_in_tables():
+    words, table = "to be " * 30, "1    2  " * 30
+    assert website.printed(f"short  table\n{words}").startswith("```{ .text .output .wrap }")
+    assert website.printed(f"{words}\n{table}").startswith("```{ .text .output }")
+    assert website.printed("a word").startswith("```{ .text .output }")
 
 
 def test_what_unfolds_is_markdown():

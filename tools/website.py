@@ -40,6 +40,7 @@ DOCUMENTS = {
     "data/routing_conformance.md": "Replay by model family",
 }
 FILES = ("CITATION.cff", "LICENSE")  # linked to, and served as they are
+WIDE = 100  # characters of code that a laptop shows in one line
 _FENCE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", re.M | re.S)
 _CODE = re.compile(r"(`+[^`]+`+)")
 
@@ -174,6 +175,8 @@ def prose(text, here, known=types.MappingProxyType({})):
         # paragraph is inset by less
         part = re.sub(r"^((?![-*|>#\s]).+\n)(?=[-*] )", r"\1\n", part, flags=re.M)
         part = re.sub(r"(?<=\n\n) {2,3}(?=\S)", "    ", part)
+        # a picture leads to itself: a wide one is small on a phone
+        part = re.sub(r"^(!\[[^\]]*\]\((.+)\))$", r"[\1](\2)", part, flags=re.M)
         # GitHub wants a bar inside of a table's code escaped, Python-Markdown shows the escape
         part = re.sub(r"`[^`\n]*\\\|[^`\n]*`", lambda m: m[0].replace("\\|", "|"), part)
         return re.sub(r"(^|.)`([\w.]+)`", code, part, flags=re.M)
@@ -220,6 +223,13 @@ def code_block(cell, module):
     return fenced(text, f'{{ .python title="{files}" }}' if exported else "python")
 
 
+def printed(text):
+    "What a cell printed. Long lines of prose are broken; a table keeps its lines, and scrolls."
+    long = [line.strip() for line in text.splitlines() if len(line) > WIDE]
+    prose_only = long and not any("  " in line for line in long)
+    return fenced(text, "{ .text .output .wrap }" if prose_only else "{ .text .output }")
+
+
 def output_blocks(cell, picture):
     """What a cell shows, as blocks of Markdown.
 
@@ -229,7 +239,7 @@ def output_blocks(cell, picture):
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         if output["output_type"] == "stream":
-            blocks.append(fenced("".join(output["text"]).rstrip(), "{ .text .output }"))
+            blocks.append(printed("".join(output["text"]).rstrip()))
         elif "text/markdown" in data:
             blocks.append("".join(data["text/markdown"]))
         elif "image/png" in data:
@@ -240,7 +250,7 @@ def output_blocks(cell, picture):
             table = re.sub(r"<style.*?</style>|\n\s*", "", "".join(data["text/html"]), flags=re.S)
             blocks.append(f'<div class="frame">{table}</div>')
         elif "text/plain" in data:
-            blocks.append(fenced("".join(data["text/plain"]).rstrip(), "{ .text .output }"))
+            blocks.append(printed("".join(data["text/plain"]).rstrip()))
     return blocks
 
 
@@ -311,7 +321,7 @@ def api_index(modules):
         "Every public name with its signature and docstring: shapes, units, errors, source. A page",
         "of the book derives and checks what a module defines.",
         "",
-        "| module | page | |",
+        "| module | page | title |",
         "|---|---|---|",
         *rows,
     ]
