@@ -36,7 +36,8 @@ torch.set_num_threads(1)
 SECONDS = ROOT / "tools" / "seconds.json"  # of each file of tests, by `pytest --record-seconds`
 UNKNOWN = 300  # seconds assumed of a file without a record: it starts early
 # Files whose verdicts hang on floating-point kernels: `make numerics` runs them with others too.
-# The rest tests files, text, messages and counts, or compares bits within one process.
+# The rest tests files, text, messages and counts, or compares bits within one process; so do single
+# tests of these files, which are marked `any_kernels` with the reason.
 NUMERICS = {
     "test_exact.py": "float64 identities",
     "test_first_order.py": "slopes of small differences",
@@ -73,6 +74,12 @@ SLOW = {
 
 
 # ------------------------------------------------------------------------------ order and markers
+def pytest_ignore_collect(collection_path, config):
+    "`-m numerics` does not import what holds no such test."
+    named = collection_path.suffix != ".py" or collection_path.name in NUMERICS
+    return True if config.option.markexpr.startswith("numerics") and not named else None
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--record-seconds", action="store_true", help="keep the seconds of each file of tests"
@@ -87,7 +94,7 @@ def pytest_collection_modifyitems(items):
     known = recorded()
     for item in items:
         name = item.path.name
-        if name in NUMERICS:
+        if name in NUMERICS and not item.get_closest_marker("any_kernels"):
             item.add_marker(pytest.mark.numerics)
         if name in SLOW or item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.slow)

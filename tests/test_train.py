@@ -251,11 +251,13 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, coldstart):
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=6e-7), key
 
 
+@pytest.mark.any_kernels("bits of one process")
 def test_two_runs_are_equal_bit_for_bit(finished, tmp_path, coldstart):
     train(small(tmp_path / "run", coldstart))
     assert metrics(tmp_path / "run") == metrics(finished.folder)
 
 
+@pytest.mark.any_kernels("a NaN that is put in, and messages")
 @pytest.mark.parametrize(
     "where, words", [("weight", "recompute"), ("gradient", "gradient norm is nan")]
 )
@@ -302,6 +304,7 @@ def test_non_finite_stops_with_step_phase_and_quantity(
     assert all(torch.isfinite(p).all() for p in good.parameters())
 
 
+@pytest.mark.any_kernels("weights that are not the given ones, to the bit")
 def test_a_corrupted_engine_stops_the_run_by_name(tmp_path, coldstart, monkeypatch, capsys):
     from minirl_nb.rollout import TorchEngine
 
@@ -318,6 +321,7 @@ def test_a_corrupted_engine_stops_the_run_by_name(tmp_path, coldstart, monkeypat
     assert "model.layers.1.mlp.experts.down_proj (expert 3)" in capsys.readouterr().err
 
 
+@pytest.mark.any_kernels("zeros")
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 @pytest.mark.parametrize("preset", ["minirl", "grpo", "cispo", "gspo"])
 def test_all_wrong_or_all_right_neither_crashes_nor_moves(
@@ -366,6 +370,7 @@ def test_packed_micro_batches_train_like_padded_ones(tmp_path, coldstart):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (replay, key)
 
 
+@pytest.mark.any_kernels("bits of one process")
 def test_two_policies_save_the_pass_and_train_the_same(coldstart, tmp_path):
     """A loss that does not look at pi_old gives the same run, bit for bit, without the pass that
     recomputes it; what only that pass measures is missing and not zero.
