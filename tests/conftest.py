@@ -29,9 +29,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import leftovers
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 SECONDS = ROOT / "tools" / "seconds.json"  # of each file of tests, by `pytest --record-seconds`
 UNKNOWN = 300  # seconds assumed of a file without a record: it starts early
@@ -128,7 +125,11 @@ def _leads_workers(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     global _own_folder
-    if _leads_workers(config):
+    if not _leads_workers(config):  # one that only leads computes nothing
+        import torch
+
+        torch.set_num_threads(1)
+    else:
         # a short name: sockets lie in it, and their paths end at 107 characters
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None
         _own_folder = tempfile.mkdtemp(prefix="minirl-", dir=short)
@@ -190,6 +191,8 @@ def no_progress_bars():
 def process_as_found():
     """A file of tests leaves its process as the next one expects it: no process group, no thread
     setting of its own, and nothing that the processes of later tests would inherit."""
+    import torch
+
     inherited = (
         "LD_",
         "OMP_",
@@ -223,6 +226,7 @@ def vllm_functions(process_as_found):
 
 
 def tiny_qwen3_moe(seed=0, **changes):
+    import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
