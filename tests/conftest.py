@@ -29,14 +29,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import leftovers
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 SECONDS = ROOT / "tools" / "seconds.json"  # of each file of tests, by `pytest --record-seconds`
 UNKNOWN = 300  # seconds assumed of a file without a record: it starts early
 # Files whose verdicts hang on floating-point kernels: `make numerics` runs them with others too.
-# The rest tests files, text, messages and counts, or compares bits within one process.
+# The rest tests files, text, messages and counts, or compares bits within one process; so do single
+# tests of these files, which are marked `any_kernels` with the reason.
 NUMERICS = {
     "test_exact.py": "float64 identities",
     "test_first_order.py": "slopes of small differences",
@@ -73,6 +71,12 @@ SLOW = {
 
 
 # ------------------------------------------------------------------------------ order and markers
+def pytest_ignore_collect(collection_path, config):
+    "`-m numerics` does not import what holds no such test."
+    named = collection_path.suffix != ".py" or collection_path.name in NUMERICS
+    return True if config.option.markexpr.startswith("numerics") and not named else None
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--record-seconds", action="store_true", help="keep the seconds of each file of tests"
@@ -87,7 +91,7 @@ def pytest_collection_modifyitems(items):
     known = recorded()
     for item in items:
         name = item.path.name
-        if name in NUMERICS:
+        if name in NUMERICS and not item.get_closest_marker("any_kernels"):
             item.add_marker(pytest.mark.numerics)
         if name in SLOW or item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.slow)
@@ -121,7 +125,11 @@ def _leads_workers(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     global _own_folder
-    if _leads_workers(config):
+    if not _leads_workers(config):  # one that only leads computes nothing
+        import torch
+
+        torch.set_num_threads(1)
+    else:
         # a short name: sockets lie in it, and their paths end at 107 characters
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None
         _own_folder = tempfile.mkdtemp(prefix="minirl-", dir=short)
@@ -183,6 +191,8 @@ def no_progress_bars():
 def process_as_found():
     """A file of tests leaves its process as the next one expects it: no process group, no thread
     setting of its own, and nothing that the processes of later tests would inherit."""
+    import torch
+
     inherited = (
         "LD_",
         "OMP_",
@@ -216,6 +226,7 @@ def vllm_functions(process_as_found):
 
 
 def tiny_qwen3_moe(seed=0, **changes):
+    import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)

@@ -43,6 +43,16 @@ def small(folder, model, **changes):
     return load_config(None, base | changes)
 
 
+# changes of `small` for tests that look at steps alone: no probe of the engine, two evaluations
+# (before and after) under one numerics, one checkpoint (the last)
+STEPS_ALONE = {
+    "rollout.probe": 0,
+    "evaluation.every": 0,
+    "evaluation.numerics": "train",
+    "output.checkpoint_every": 0,
+}
+
+
 class PowerCut(Exception):
     "What `power_cut` ends a run with."
 

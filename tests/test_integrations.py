@@ -56,6 +56,7 @@ def generated(model, temperature=1.0, **more):
     return seen, [c[: c.index(1) + 1] if 1 in c else c for c in rows]
 
 
+@pytest.mark.any_kernels("imports")
 def test_only_the_extra_pulls_in_trl_and_nothing_imports_it():
     required = metadata.requires("minirl_nb")
     names = {r: re.match(r"[\w-]+", r)[0] for r in required}

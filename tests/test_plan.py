@@ -79,9 +79,8 @@ def test_refusals_of_the_30b_model_are_one_sentence_with_the_largest_term():
     hours = load_config(
         None, BIG | {"model.gradient_checkpointing": False, "rollout.max_new_tokens": 40000}
     )
-    assert "activations" in refuse(
-        hours, Cluster.with_gpus("h100", 64)
-    ) and "gradient_checkpointing" in refuse(hours, Cluster.with_gpus("h100", 64))
+    said = refuse(hours, Cluster.with_gpus("h100", 64))
+    assert "activations" in said and "gradient_checkpointing" in said
     offload = load_config(None, BIG | {"parallel.offload": True})
     assert "host memory" in refuse(offload, replace(Cluster.with_gpus("h100", 8), host=400 * GiB))
 

@@ -55,3 +55,11 @@ def test_many_chunks_of_the_head_from_few(monkeypatch):
         assert size - missing <= found.peak[key] <= size, key
     for key, seconds in whole.seconds.items():
         assert found.seconds[key] == pytest.approx(seconds, rel=1e-9), key
+
+
+def test_a_forward_alone_holds_what_it_holds_before_a_backward():
+    case, micro = case_of(THIN, SPREAD), MicroBatch(1, 64, 60)
+    whole = run_pass(case, 3, micro, accumulate=False)
+    alone = run_pass(case, 3, micro, backward=False)
+    assert whole.optimizer > 0 == alone.optimizer and "backward" not in alone.peak
+    assert alone.peak["forward"] == whole.peak["forward"] - whole.optimizer

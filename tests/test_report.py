@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from small_runs import small
+from small_runs import STEPS_ALONE, small
 
 from minirl_nb.train import train
 
@@ -38,7 +38,7 @@ def test_live_plot_in_a_notebook(tmp_path, coldstart):
 
 
 def test_a_run_draws_its_curves_where_it_is_asked_to(tmp_path, coldstart):
-    words = {"steps": 2, "output.figure": True}
+    words = STEPS_ALONE | {"steps": 2, "output.figure": True}
     result = train(small(tmp_path / "run", coldstart, **words))
     assert result.figure == tmp_path / "run" / "figures" / "curves.png"
     assert result.figure.stat().st_size > 10_000
@@ -48,5 +48,6 @@ def test_a_run_draws_its_curves_where_it_is_asked_to(tmp_path, coldstart):
 
 
 def test_auto_says_what_it_took(tmp_path, coldstart, capsys):
-    result = train(small(tmp_path / "run", coldstart, **{"objective.replay": "auto", "steps": 2}))
+    words = STEPS_ALONE | {"objective.replay": "auto", "steps": 2}
+    result = train(small(tmp_path / "run", coldstart, **words))
     assert result.replay == "R2" and "auto took R2 (N = 2)" in capsys.readouterr().err

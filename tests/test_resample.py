@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from small_runs import PowerCut, metrics, power_cut, small
+from small_runs import STEPS_ALONE, PowerCut, metrics, power_cut, small
 
 from minirl_nb import exact, tasks
 from minirl_nb.batch import Rollout
@@ -222,7 +222,7 @@ def test_a_batch_full_of_signal_is_the_run_without_the_setting(tmp_path, coldsta
     monkeypatch.setattr(tasks.Task, "verify_many", rewards)
     found = []
     for bound in (0, 5):
-        changes = {"batch.resample": bound, "steps": 4}
+        changes = STEPS_ALONE | {"batch.resample": bound, "steps": 4}
         train(small(tmp_path / str(bound), coldstart, **changes))
         found.append(metrics(tmp_path / str(bound)))
     plain, other = found

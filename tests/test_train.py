@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import TIMES, metrics, small
+from small_runs import STEPS_ALONE, TIMES, metrics, small
 
 from minirl_nb import routing
 from minirl_nb.cli import main
@@ -135,6 +135,7 @@ def test_on_policy_without_rounding_is_exact(tmp_path, coldstart):
     c = small(
         tmp_path / "run",
         coldstart,
+        **STEPS_ALONE,
         **{"rollout.fp8": "none", "objective.replay": "none", "batch.updates": 1, "steps": 2},
     )
     # the largest of five seeds: 4e-8, 8e-14, 5e-7. Thirty times that is room for other kernels
@@ -223,7 +224,7 @@ def test_a_pass_less_changes_metrics_by_rounding(replay, updates, tmp_path, cold
 
     def rows(name):
         changes = {"objective.replay": replay, "batch.updates": updates, "steps": updates}
-        changes |= {"seed": 1}
+        changes |= {"seed": 1} | STEPS_ALONE
         return T.train(small(tmp_path / name, coldstart, **changes)).steps()
 
     lean, recompute = rows("lean"), T.recompute
@@ -242,7 +243,11 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, coldstart):
     statistics."""
     rows = [
         train(
-            small(tmp_path / str(tokens), coldstart, **{"batch.tokens": tokens, "steps": 2})
+            small(
+                tmp_path / str(tokens),
+                coldstart,
+                **STEPS_ALONE | {"batch.tokens": tokens, "steps": 2},
+            )
         ).steps()[0]
         for tokens in (1, 100000)
     ]
@@ -251,11 +256,13 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, coldstart):
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=6e-7), key
 
 
+@pytest.mark.any_kernels("bits of one process")
 def test_two_runs_are_equal_bit_for_bit(finished, tmp_path, coldstart):
     train(small(tmp_path / "run", coldstart))
     assert metrics(tmp_path / "run") == metrics(finished.folder)
 
 
+@pytest.mark.any_kernels("a NaN that is put in, and messages")
 @pytest.mark.parametrize(
     "where, words", [("weight", "recompute"), ("gradient", "gradient norm is nan")]
 )
@@ -287,7 +294,8 @@ def test_non_finite_stops_with_step_phase_and_quantity(
             return step
 
         monkeypatch.setattr(module, "sample", sample)
-    (tmp_path / "r.yaml").write_text(config_yaml(small(tmp_path / "run", coldstart)))
+    changes = STEPS_ALONE | {"output.checkpoint_every": 2}
+    (tmp_path / "r.yaml").write_text(config_yaml(small(tmp_path / "run", coldstart, **changes)))
     assert main(["train", str(tmp_path / "r.yaml")]) == 1
     error = capsys.readouterr().err
     assert (
@@ -302,6 +310,7 @@ def test_non_finite_stops_with_step_phase_and_quantity(
     assert all(torch.isfinite(p).all() for p in good.parameters())
 
 
+@pytest.mark.any_kernels("weights that are not the given ones, to the bit")
 def test_a_corrupted_engine_stops_the_run_by_name(tmp_path, coldstart, monkeypatch, capsys):
     from minirl_nb.rollout import TorchEngine
 
@@ -318,6 +327,7 @@ def test_a_corrupted_engine_stops_the_run_by_name(tmp_path, coldstart, monkeypat
     assert "model.layers.1.mlp.experts.down_proj (expert 3)" in capsys.readouterr().err
 
 
+@pytest.mark.any_kernels("zeros")
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 @pytest.mark.parametrize("preset", ["minirl", "grpo", "cispo", "gspo"])
 def test_all_wrong_or_all_right_neither_crashes_nor_moves(
@@ -332,7 +342,8 @@ def test_all_wrong_or_all_right_neither_crashes_nor_moves(
         "verify_many",
         lambda self, problems, texts: torch.full((len(problems),), reward),
     )
-    result = train(small(tmp_path / "run", moe_folder, **{"objective.preset": preset, "steps": 2}))
+    changes = STEPS_ALONE | {"objective.preset": preset, "steps": 2}
+    result = train(small(tmp_path / "run", moe_folder, **changes))
     for r in result.steps():
         assert r["equal_groups"] == 1 and r["grad_norm"] == 0 and r["loss"] == 0
     a, b = (
@@ -355,6 +366,7 @@ def test_packed_micro_batches_train_like_padded_ones(tmp_path, coldstart):
                 small(
                     tmp_path / f"{replay}{packed}",
                     coldstart,
+                    **STEPS_ALONE,
                     **{"batch.packed": packed, "objective.replay": replay, "steps": 2},
                 )
             ).steps()
@@ -366,6 +378,7 @@ def test_packed_micro_batches_train_like_padded_ones(tmp_path, coldstart):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), (replay, key)
 
 
+@pytest.mark.any_kernels("bits of one process")
 def test_two_policies_save_the_pass_and_train_the_same(coldstart, tmp_path):
     """A loss that does not look at pi_old gives the same run, bit for bit, without the pass that
     recomputes it; what only that pass measures is missing and not zero.
@@ -375,6 +388,7 @@ def test_two_policies_save_the_pass_and_train_the_same(coldstart, tmp_path):
     found = {}
     for pi_old in ("recomputed", "rollout"):
         changes = {"objective.preset": "dppo_tv", "objective.pi_old": pi_old, "steps": 4}
+        changes |= STEPS_ALONE
         config = small(tmp_path / pi_old, coldstart, **changes)
         found[pi_old] = train(config), metrics(tmp_path / pi_old)
     (_, three), (result, two) = found.values()

@@ -202,7 +202,10 @@ def test_the_comparison_tells_other_routes(moe_folder, tmp_path):
 
 
 # -------------------------------------------------------------------------- TRL's own numbers
-@pytest.mark.parametrize("accumulate", [1, 2])
+ALONE = pytest.param(1, marks=pytest.mark.any_kernels("bits of one process; 2 is run with others"))
+
+
+@pytest.mark.parametrize("accumulate", [ALONE, 2])
 def test_without_replay_trl_keeps_every_bit(accumulate, moe_folder, tmp_path):
     settings = dict(gradient_accumulation_steps=accumulate, steps_per_generation=4, max_steps=4)
     settings |= dict(gradient_checkpointing=True, router_aux_loss_coef=None, beta=0.04)
@@ -320,6 +323,7 @@ def test_a_rollout_func_may_return_routes(moe_folder, tmp_path):
     assert logs(t)[0]["minirl/discrepancy/k3"] > 1e-6  # FP8
 
 
+@pytest.mark.any_kernels("routes written by hand")
 @pytest.mark.parametrize("fault", ["zeros", "one row for all", "an expert too many"])
 def test_wrong_routes_of_a_rollout_func_do_not_run(fault, moe_folder, tmp_path):
     "NeMo-RL #3327: a path that replayed what nobody had recorded. 96 tokens: enough to see a repeat."
@@ -372,6 +376,7 @@ def test_truncated_completions_are_masked(moe_folder, tmp_path):
     assert float(m["loss"]) == float(expected)
 
 
+@pytest.mark.any_kernels("what is absent, and a zero")
 def test_the_old_numbers_are_missing_where_trl_saves_them(moe_folder, tmp_path):
     "One gradient step a generation: pi_old is pi, R2 has nothing to replay, auto takes none."
     t = done(moe_folder, tmp_path, dict(replay="R2", objective=objective.MINIRL), max_steps=1)
@@ -422,6 +427,7 @@ def test_the_warning_of_the_meter_is_said_once(moe_folder, tmp_path):
     assert max(r["minirl/validity/local_shift"] for r in logs(t)) > 0.5
 
 
+@pytest.mark.any_kernels("the names of a program")
 def test_the_drop_in_of_the_front_page_runs(moe_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = snippet(1)
@@ -453,6 +459,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.any_kernels("messages")
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_settings_that_contradict_are_refused_in_a_sentence(sentence, moe_folder, tmp_path):
     changes = dict(REFUSED[sentence])

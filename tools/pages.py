@@ -10,7 +10,8 @@
     python tools/pages.py readme --check      # is README.md what nbs/index.ipynb gives?
     python tools/pages.py run [names]         # each page in a process of its own, outputs compared
     python tools/pages.py run 11_vllm --flags vllm    # its cells that need vLLM too
-    python tools/pages.py run --numerics      # only pages that hang on a processor's kernels
+    python tools/pages.py run --numerics      # only pages that hang on a processor's kernels;
+                                              # figures are made, and no pictures of them
     python tools/pages.py run --quick         # all but the slow ones; `--slow` runs those
 
 How outputs are compared, and the directives that allow a difference, stand in `outputs.py`. Text on
@@ -96,10 +97,12 @@ NO_NUMERICS = {
     "14ea_metrics": "names and text",
     "14b_checks": "messages",
     "14e_checkpoint": "files, and bits of one process",
+    "14fa_ahead": "processes, and bits that two of them share",
     "15a_study": "files, and bits of one process",
     "15b_results": "recorded numbers",
     "15c_logs": "text and files",
     "15d_diagnose": "recorded numbers",
+    "15f_dashboard": "text, and numbers as a log holds them",
     "16a_case": "shapes without numbers",
     "16b_ledger": "shapes without numbers",
     "16c_step": "shapes without numbers",
@@ -445,11 +448,15 @@ def _fork(path, result, folder):
         os._exit(status)
 
 
+_pictures = True  # pages draw theirs; pictures are compared with nothing, so one pass is enough
+
+
 def _execute_here(path, result):
     """Run one page in this process by nbdev's own test; `result` gets it with its new outputs."""
     os.chdir(ROOT)
     import nbdev.test
     from execnb.nbio import nb2str
+    from matplotlib.figure import Figure
     from nbdev.config import get_config
 
     kept = []
@@ -457,6 +464,8 @@ def _execute_here(path, result):
     class KeepingShell(nbdev.test.CaptureShell):
         def run_all(self, nb, **kwargs):
             kept.append(nb)
+            if not _pictures:
+                self.display_formatter.formatters["image/png"].for_type(Figure, lambda figure: "")
             return super().run_all(nb, **kwargs)
 
     nbdev.test.CaptureShell = KeepingShell
@@ -681,6 +690,7 @@ def build(names, jobs):
 
 
 def main():
+    global _pictures
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -718,6 +728,7 @@ def main():
         wanted = selected(names, args.numerics, args.quick, args.slow)
         if not wanted:  # no names would mean all pages
             sys.exit("run: none of these pages belongs to what was asked for")
+        _pictures = not args.numerics
         run(wanted, args.jobs, keep_seconds=args.record)
     elif args.command == "text":
         for name in names:

@@ -89,8 +89,8 @@ def _least_activations(case: Case) -> float:
     low, high = depths(case.model)
 
     def forward(layers: int, micro: MicroBatch) -> float:
-        measured = run_pass(alone, layers, micro, True, False)
-        return measured.peak["forward"] - measured.weights - measured.optimizer
+        measured = run_pass(alone, layers, micro, backward=False)
+        return measured.peak["forward"] - measured.weights
 
     shallow, deep = forward(low, micro), forward(high, micro)
     without_tokens = forward(low, MicroBatch(1, 16, 1))

@@ -243,6 +243,7 @@ def watch_step(
     train: bool = True,
     mixed: bool = False,  # float32 parameters that layers compute with in bfloat16
     replicas: bool = False,  # whole models on several processes, which sum their gradients
+    backward: bool = True,  # and the step; else a training forward, with what it keeps
 ) -> None:
     """One micro-batch under the ledger: forward, head, backward and optimiser step, or with
     `train=False` the forward of a recomputation. Tensors may be real or fake."""
@@ -263,7 +264,7 @@ def watch_step(
                 temperature=temperature,
                 entropy=not train,
             )
-        if train:
+        if train and backward:
             logp.sum().backward()
             del logp
             ledger.begin("step")
@@ -295,6 +296,7 @@ def run_pass(
     micro: MicroBatch,
     train: bool = True,  # with backward and optimiser step; else the forward of a recomputation
     accumulate: bool = True,  # an earlier micro-batch has left gradients
+    backward: bool = True,  # else a training forward alone, before the first step
 ) -> Pass:
     "What one micro-batch costs, on fake tensors. Several processes need `fake_processes`."
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -313,10 +315,13 @@ def run_pass(
             # as torch chooses on a GPU: all parameters in one go, at the price of temporaries
             for group in optimizer.param_groups:
                 group["foreach"] = True
-        gradients, states = _first_step(model, optimizer, accumulate) if train else (0.0, 0.0)
+        steps, gradients, states = train and backward, 0.0, 0.0
+        if steps:
+            gradients, states = _first_step(model, optimizer, accumulate)
         temperature = case.config.rollout.temperature
         sharded = list(model.parameters())  # FSDP2 puts whole tensors in place of some
-        watch_step(model, optimizer, ledger, micro, temperature, train, mixed, replicas)
+        how = dict(train=train, mixed=mixed, replicas=replicas, backward=backward)
+        watch_step(model, optimizer, ledger, micro, temperature, **how)
         weights = _held(sharded)
     found = (ledger.peak, ledger.seconds, ledger.flops, ledger.moved)
     return Pass(weights, gradients, states, *(dict(values) for values in found))
