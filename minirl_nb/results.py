@@ -315,8 +315,9 @@ def plot_study(
                 head = f"{setting}\n" if len(settings) > 1 else ""
                 ax.set(xlabel="gradient step", ylabel="", title=head + _title(panel))
                 ax.title.set_fontsize(8)
-                if panel == "kl":
-                    ax.set_yscale("log")
+                if panel == "kl":  # Student's band may reach below zero, which has no logarithm
+                    mean = own.groupby(["arm", "step"])["value"].mean()
+                    ax.set(yscale="log", ylim=(mean.min() / 2, mean.max() * 2))
                 if panel == "validity/local_shift":
                     ax.axhline(VALIDITY_LIMIT, color=theme.LIMIT, lw=0.8, ls="--")
         handles = [plt.Line2D([], [], label=a, **looks[a]) for a in arms]
