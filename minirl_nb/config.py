@@ -105,6 +105,17 @@ LowPrecision = Literal[
 ]
 
 # %% ../nbs/14_config.ipynb #472e4a49
+def _check_floor(floor: float, engine: str, probe: int) -> None:
+    "ValueError for a floor outside [0, 1), or where something does not know it."
+    if not 0 <= floor < 1:
+        raise ValueError(f"rollout.floor is {floor}; it must lie in [0, 1)")
+    if floor and (engine != "torch" or probe):
+        raise ValueError(
+            f"rollout.floor is {floor}, which the torch engine alone knows and the parity "
+            "probe does not; set rollout.engine to torch and rollout.probe to 0"
+        )
+
+
 def _check_ahead(ahead: int, engine: str, apart: bool) -> None:
     "ValueError for another number than 0 and 1, or an engine that cannot sample meanwhile."
     if ahead not in (0, 1):
@@ -178,13 +189,7 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.servers are vLLM's, but rollout.engine is {self.engine}; set it to vllm"
             )
-        if not 0 <= self.floor < 1:
-            raise ValueError(f"rollout.floor is {self.floor}; it must lie in [0, 1)")
-        if self.floor and (self.engine != "torch" or self.probe):
-            raise ValueError(
-                f"rollout.floor is {self.floor}, which the torch engine alone knows and the parity "
-                "probe does not; set rollout.engine to torch and rollout.probe to 0"
-            )
+        _check_floor(self.floor, self.engine, self.probe)
         _check_ahead(self.ahead, self.engine, apart=bool(self.servers))
 
     @property

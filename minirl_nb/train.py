@@ -169,16 +169,15 @@ def _taken(run: Run, seconds: dict, tokens: dict) -> tuple[Drawn, float | None]:
 def _request(run: Run, number: int, first: int, problems: list) -> Callable[[], Rollout]:
     """What samples this rank's responses to problems of rollout step `number`, from the step's
     problem `first`, with the weights that the engine has when it is called."""
-    config, world = run.config, run.world
-    per_engine = config.rollout.ranks_per_engine
-    mine = world.share(len(problems), per_engine)
+    settings, world = run.config.rollout, run.world
+    mine = world.share(len(problems), per_engine := settings.ranks_per_engine)
     sampling = Sampling(
-        config.rollout.responses,
-        config.rollout.temperature,
-        config.rollout.max_new_tokens,
-        seed_of(config.seed, "rollout", number),
-        (first + mine.start) * config.rollout.responses,
-        config.rollout.floor,
+        settings.responses,
+        settings.temperature,
+        settings.max_new_tokens,
+        seed=seed_of(run.config.seed, "rollout", number),
+        first=(first + mine.start) * settings.responses,
+        floor=settings.floor,
     )
     prompts = [run.encode(p) for p in problems[mine]]
 
