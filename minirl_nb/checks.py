@@ -33,22 +33,17 @@ def objective_of(config: RunConfig) -> Objective:
     ValueError for a truncation that is misspelt, and for a clip bound where nothing is clipped."""
     section = config.objective
     objective = PRESETS[section.preset]
-    if section.weight is not None:
-        objective = replace(objective, weight=section.weight)
+    for name in ("weight", "truncation_of", "advantage", "normalizer"):
+        value = getattr(section, name)
+        if value is not None:
+            objective = replace(objective, **{name: value})
     if section.truncation is not None:
         objective = replace(objective, truncation=truncation(section.truncation))
-    if section.truncation_of is not None:
-        objective = replace(objective, truncation_of=section.truncation_of)
     if section.clip is False:
         objective = replace(objective, clip=None)
     if section.clip is True and objective.clip is None:
         objective = replace(objective, clip=Clip())
-    objective = replace(objective, clip=_clip_of(section, objective.clip))
-    if section.advantage is not None:
-        objective = replace(objective, advantage=section.advantage)
-    if section.normalizer is not None:
-        objective = replace(objective, normalizer=section.normalizer)
-    return objective
+    return replace(objective, clip=_clip_of(section, objective.clip))
 
 
 def _clip_of(section: ObjectiveConfig, clip: TrustRegion | Together | None) -> Any:

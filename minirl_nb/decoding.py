@@ -15,7 +15,6 @@ __all__ = ['Sampling', 'end_tokens', 'padding_token', 'RequestStreams', 'choose'
            'rounded_capacity', 'SlotLayer', 'SlotCache', 'slot_attention']
 
 # %% ../nbs/10_decoding.ipynb #1d7e305b
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .exact import floored
+
 # %% ../nbs/10_decoding.ipynb #5c94efe0
 @dataclass(frozen=True)
 class Sampling:
@@ -37,11 +38,12 @@ class Sampling:
     temperature: of the softmax; `logp_mu` is the log-probability at this temperature. 0 takes the
         most likely token, and `logp_mu` is then its log-probability at temperature 1.
     max_new_tokens: a response that has not ended by then is cut (`finished` is false).
-    floor: the engine's probabilities p become (1 - floor) p + floor / V, `logp_mu` included.
     seed: of the whole call; request i (prompt i // n, sample i % n) draws from a stream of its own,
         keyed by (seed, first + i).
     first: number of the call's first request. Ranks that share the prompts of a step number their
         requests as one process would.
+    floor: the engine's probabilities p become (1 - floor) p + floor / V, `logp_mu` included
+        (`exact.floored`).
 
     ValueError for n or max_new_tokens below 1, a temperature that is negative or not a number, and
     a floor outside [0, 1) or at temperature 0.
@@ -141,10 +143,7 @@ def choose(
     """Sample by inverting the cumulative distribution: the first token v with cdf(v) > u.
 
     One uniform number decides one token."""
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if floor:
-        lowest = torch.full_like(logp, math.log(floor / logp.shape[-1]))
-        logp = torch.logaddexp(logp + math.log1p(-floor), lowest)
+    logp = floored(torch.log_softmax(logits.float() / (temperature or 1.0), -1), floor)
     if temperature == 0:
         token = logp.argmax(-1)
     else:

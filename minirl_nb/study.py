@@ -372,14 +372,15 @@ def status(name: str | Path, root: str | Path = "runs/studies") -> str:
     "A table: for each setting and arm the runs by state, and the share of steps done."
     study, name = load_study(name), Path(name).stem
     runs = planned_runs(study, name)
-    a, b = (2 + max(map(len, names)) for names in (study.settings, study.arms))
-    lines = [f"{'setting':{a}}{'arm':{b}}{'done':>6}{'failed':>8}{'started':>9}{'missing':>9}"]
+    setting_width, arm_width = (2 + max(map(len, x)) for x in (study.settings, study.arms))
+    head = f"{'setting':{setting_width}}{'arm':{arm_width}}"
+    lines = [f"{head}{'done':>6}{'failed':>8}{'started':>9}{'missing':>9}"]
     for setting in study.settings:
         for arm in study.arms:
             own = [r for r in runs if (r.setting, r.arm) == (setting, arm)]
             n = count_states(own, root)
             cells = f"{n['done']:6d}{n['failed']:8d}{n['started']:9d}{n['missing']:9d}"
-            lines.append(f"{setting:{a}}{arm:{b}}{cells}")
+            lines.append(f"{setting:{setting_width}}{arm:{arm_width}}{cells}")
     done = sum(steps_done(r, root) for r in runs)
     total = sum(r.config.steps for r in runs)
     lines.append(f"{done} of {total} gradient steps")

@@ -10,7 +10,7 @@ the studies, the report and the pages take them from here.
 
 # %% auto #0
 __all__ = ['BLACK', 'BLUE', 'VERMILION', 'SKY', 'GREEN', 'ORANGE', 'PURPLE', 'CYCLE', 'FAINT',
-           'STRONG', 'LIMIT', 'METHODS', 'ONE_PANEL', 'TWO_PANELS', 'SETTINGS', 'looks',
+           'STRONG', 'LIMIT', 'SIGNED', 'METHODS', 'ONE_PANEL', 'TWO_PANELS', 'SETTINGS', 'looks',
            'use_theme', 'themed', 'name_curves', 'spread', 'fills']
 
 # %% ../nbs/00_theme.ipynb #7391cc50
@@ -24,6 +24,7 @@ GREEN, ORANGE, PURPLE = "#007A5A", "#E69F00", "#B0619A"
 CYCLE = (BLUE, VERMILION, SKY, BLACK, GREEN, ORANGE, PURPLE)  # of what is no method
 FAINT, STRONG = "0.75", "0.1"  # measured points, and the curve through them
 LIMIT = "#666666"  # a line across that marks a limit
+SIGNED = "vlag"  # a colour map of what lies above and below zero, pale around it
 
 METHODS = {
     "MiniRL": (BLACK, "-"),

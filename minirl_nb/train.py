@@ -170,7 +170,8 @@ def _request(run: Run, number: int, first: int, problems: list) -> Callable[[], 
     """What samples this rank's responses to problems of rollout step `number`, from the step's
     problem `first`, with the weights that the engine has when it is called."""
     settings, world = run.config.rollout, run.world
-    mine = world.share(len(problems), per_engine := settings.ranks_per_engine)
+    per_engine = settings.ranks_per_engine
+    mine = world.share(len(problems), per_engine)
     sampling = Sampling(
         settings.responses,
         settings.temperature,
@@ -398,8 +399,7 @@ def probe(run: Run) -> Parity | None:
     if not rollout.probe:
         return None
     prompts = [run.encode(p) for p in run.task.problems[: rollout.probe]]
-    length = min(rollout.max_new_tokens, 32)
-    sampling = Sampling(2, rollout.temperature, length, run.config.seed)
+    sampling = Sampling(2, rollout.temperature, min(rollout.max_new_tokens, 32), run.config.seed)
     weights = run.world.weights(run.model)
     found = parity(run.engine, run.model, prompts, sampling, run.parity_band, weights)
     found = max(run.world.gather(found), key=lambda p: p.q90)  # every rank probes its own engine

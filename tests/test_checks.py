@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from small_runs import small
@@ -12,7 +13,7 @@ from minirl_nb.cli import main
 from minirl_nb.clipping import Clip
 from minirl_nb.config import config_yaml, load_config
 from minirl_nb.trust import TRM_MAX_REGION, TrustRegion
-from minirl_nb.weights import Gamma
+from minirl_nb.weights import MIS, Gamma
 
 
 def test_objective_of_a_config():
@@ -29,6 +30,10 @@ def test_objective_of_a_config():
     c = {"objective.weight": "prefix", "objective.preset": "trm", "objective.truncation": "gamma"}
     o = objective_of(load_config(None, c))
     assert (o.weight, o.truncation, o.clip) == ("prefix", Gamma(), TRM_MAX_REGION)
+    c = {"objective.weight": "pi/mu", "objective.truncation": "mis:2", "objective.preset": "grpo"}
+    o = objective_of(load_config(None, c | {"objective.truncation_of": "discrepancy"}))
+    grpo = objective.PRESETS["grpo"]
+    assert o == replace(grpo, weight="pi/mu", truncation=MIS(2.0), truncation_of="discrepancy")
     with pytest.raises(ValueError, match="clip_low"):
         objective_of(load_config(None, {"objective.clip_low": 0.1, "objective.preset": "cispo"}))
 

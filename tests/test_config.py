@@ -81,6 +81,12 @@ def test_every_recipe_is_a_config():
         ({"optimizer.lr": 0}, "optimizer.lr is 0.0"),
         ({"rollout.temperature": 0}, "rollout.temperature is 0.0"),
         ({"output.keep": 0}, "output.keep is 0"),
+        ({"rollout.floor": 1.0, "rollout.probe": 0}, "rollout.floor is 1.0; it must lie in"),
+        ({"rollout.floor": 0.1}, "the parity probe does not"),
+        (
+            {"rollout.floor": 0.1, "rollout.probe": 0, "rollout.engine": "vllm"},
+            "which the torch engine alone knows",
+        ),
     ],
 )
 def test_a_section_refuses_its_own_nonsense(changes, sentence, tmp_path, capsys):

@@ -7,6 +7,7 @@ import torch
 
 from minirl_nb.decoding import RequestStreams, Sampling, choose, end_tokens, padding_token
 from minirl_nb.exact import floored
+from minirl_nb.vllm.requests import request_parameters
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,5 @@ def test_a_floor_is_sampled_and_reported():
     for wrong in ({"floor": 1.0}, {"floor": -0.1}, {"floor": 0.1, "temperature": 0.0}):
         with pytest.raises(ValueError, match="floor"):
             Sampling(**wrong)
+    with pytest.raises(ValueError, match="vLLM knows no floor"):
+        request_parameters(Sampling(floor=0.1), end_tokens=[1], prompts=1)
