@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint requirements/constraints.txt
 # pip compiles on one core. What is newer than $(1) is compiled on all; some files that come along are no Python
 compile = find $(VENV)/lib -name '*.py' -newer $(1) -not -path '*/tests/*' -print0 | \
-	xargs -0 -r -n 500 -P $(WORKERS) $(BIN)/python -m compileall -qq || true
+	xargs -0 -r -n 500 -P $(WORKERS) $(BIN)/python -W ignore -m compileall -qq || true
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 ENGINE ?= torch
